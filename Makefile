@@ -1,0 +1,51 @@
+# Each target sets up what it needs: a virtual environment of its own, CPU torch first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is installed before everything else: another request for it could pull CUDA packages.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench worlds tables format clean
+
+demo: $(VENV)/run.stamp
+	$(BIN)/nest demo --out nest-demo --overwrite
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m experiments.benchmarks.run
+
+# The comparison of README's tables, on both worlds and three seeds: about an hour on two cores.
+worlds: $(VENV)/dev.stamp
+	$(BIN)/python -m experiments.worlds.run
+	$(MAKE) tables
+
+# README's tables anew, from the committed result files.
+tables: $(VENV)/dev.stamp
+	$(BIN)/python -m experiments.worlds.tables
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info nest-demo
+
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/run.stamp: $(VENV)/torch.stamp setup.py
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp setup.py
+	$(PIP) -e ".[dev]"
+	touch $@

@@ -1,0 +1,438 @@
+"""The public functions: what the command line and Python users call.
+
+Each takes files, names or plain values, and hands tensors to the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from nest.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nest.evaluation.judges import Judge
+    from nest.evaluation.report import EvalReport
+    from nest.models.loading import LoadedModel
+    from nest.models.sites import NeuronSite
+    from nest.patches.checkpoint import FoldResult
+    from nest.patches.patch import NeuronPatch
+    from nest.patches.verify import Verification
+    from nest.prompts.attacks import Attack
+    from nest.prompts.prompt_set import PromptSet
+    from nest.selection.selection import NeuronSelection
+    from nest.tuning.tune import TuningResult
+
+Prompts = "str | Path | Sequence[str] | PromptSet"
+Dialogues = "str | Path | Sequence[tuple[str, str]] | PromptSet"
+ProgressCallback = Callable[[str, int, int], None]
+BatchSize = int | Literal["auto"]
+EncodeLike = "Callable[[str], Sequence[int]] | Encoder"
+
+ORGANISM = "organism"
+# What `auto` stands for until it is measured per machine: prompts a forward pass of capture, and
+# prompts decoded together.
+CAPTURE_BATCH_SIZE = 32
+GENERATION_BATCH_SIZE = 256
+
+_Config = TypeVar("_Config")
+
+
+def load(
+    name: str | Path = ORGANISM,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model and its tokenizer, in eval mode.
+
+    Args:
+        name: A local folder, a name on the Hub, or `organism` for the embedded model.
+        dtype: `auto` keeps the checkpoint's own.
+        device: `auto` takes an accelerator where there is one.
+        device_map: As transformers takes it; then `device` must be `auto`.
+        revision: Of a model on the Hub.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        InputError: no such model, or one that cannot be read.
+    """
+    from nest.models.loading import load_model
+
+    return load_model(
+        str(resolve_model(name)),
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def resolve_model(name: str | Path) -> str | Path:
+    """The embedded model's folder for `organism`, and any other name as it is."""
+    from nest.organism import model_folder
+
+    is_organism = str(name) == ORGANISM and not Path(name).exists()
+    return model_folder() if is_organism else name
+
+
+def select(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    unsafe: Prompts | None = None,
+    safe: Prompts | None = None,
+    pairs: str | Path | Sequence[tuple[str, str]] | None = None,
+    layout: Sequence[NeuronSite] | None = None,
+    encode: EncodeLike | None = None,
+    system: str | None = None,
+    batch_size: BatchSize = "auto",
+    progress: ProgressCallback | None = None,
+    warn: Callable[[str], None] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> NeuronSelection:
+    """Find the neurons that tell unsafe prompts from safe ones, and group them.
+
+        selection = nest.select(model, tokenizer, unsafe=[...], safe=[...], z_threshold=3.0)
+
+    Args:
+        model: Any `nn.Module`; a transformers model needs nothing else but its tokenizer.
+        tokenizer: For its chat template.
+        unsafe: Prompts to be refused: a file, a named set, or strings.
+        safe: Prompts to be answered, about as many.
+        pairs: Instead of both: matched (unsafe, safe) pairs, or a file with these two columns.
+        layout: Where a custom model's neurons are.
+        encode: Instead of the tokenizer: text to token ids, or an `Encoder`.
+        system: System prompt put before every prompt.
+        batch_size: Prompts a forward pass.
+        progress: Called with stage, steps done, steps in all.
+        warn: Told about sites without neurons; by default a Python warning.
+        provenance: Added to the selection's.
+        **settings: Fields of `SelectionConfig`: z_threshold, pool, scorer, cluster_scope,
+            max_clusters, n_probe_seeds, seed, ...
+
+    Raises:
+        InputError: prompts or settings that cannot be used.
+        LayoutError: a model whose neurons cannot be found.
+        ActivationError: NaN or infinite activations.
+        SelectionError: no neuron passes the threshold.
+    """
+    import warnings
+
+    from nest.models.chat import encoder_for
+    from nest.models.layouts import find_sites
+    from nest.selection.config import SelectionConfig
+    from nest.selection.select import select_neurons
+
+    config = _config(SelectionConfig, settings)
+    unsafe_set, safe_set = _both_kinds(unsafe, safe, pairs)
+    selection = select_neurons(
+        model,
+        encoder_for(model, tokenizer, encode, system),
+        unsafe=unsafe_set,
+        safe=safe_set,
+        sites=find_sites(model, layout),
+        config=config,
+        paired=pairs is not None,
+        batch_size=_batch_size(batch_size, CAPTURE_BATCH_SIZE),
+        progress=progress,
+        warn=warn or (lambda text: warnings.warn(text, stacklevel=3)),
+    )
+    origin = {**origin_of(model, tokenizer), **(provenance or {})}
+    return replace(selection, provenance={**origin, **selection.provenance, "system": system})
+
+
+def tune(
+    model: nn.Module,
+    tokenizer: Any = None,
+    selection: NeuronSelection | None = None,
+    *,
+    harmful: Dialogues,
+    benign: Dialogues,
+    n_clusters: int | Literal["auto"] | None = None,
+    encode: EncodeLike | None = None,
+    system: str | None = None,
+    progress: ProgressCallback | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> NeuronPatch:
+    """Train the selection's cluster update; the model carries it afterwards.
+
+        patch = nest.tune(model, tokenizer, selection, harmful=[(prompt, refusal), ...],
+                          benign=[(prompt, answer), ...])
+        patch.revert(model)     # takes it out, to the last bit
+
+    Args:
+        model: The model that the selection was made on.
+        tokenizer: For its chat template.
+        selection: From `nest.select`, `NeuronSelection.load` or `NeuronSelection.of`.
+        harmful: Prompts with the refusals to give.
+        benign: Prompts with their good answers.
+        n_clusters: Cluster the neurons anew: a number a site, or `auto` for the best silhouette.
+        encode: Instead of the tokenizer, as for `select`.
+        system: System prompt put before every prompt.
+        progress: Called with stage, steps done, steps in all.
+        provenance: Added to the patch's.
+        **settings: Fields of `TuningConfig`: update, epochs, learning_rate, batch_size, kl_weight,
+            seed, ...
+
+    Returns:
+        The patch of the best step; `tune_result` gives the loss curve with it.
+
+    Raises:
+        InputError: dialogues or settings that cannot be used.
+        SelectionError: the selection is of another model.
+        ActivationError: the loss or a gradient is not a finite number.
+    """
+    result = tune_result(
+        model,
+        tokenizer,
+        selection,
+        harmful=harmful,
+        benign=benign,
+        n_clusters=n_clusters,
+        encode=encode,
+        system=system,
+        progress=progress,
+        provenance=provenance,
+        **settings,
+    )
+    result.patch.fold_into(model)
+    return result.patch
+
+
+def tune_result(
+    model: nn.Module,
+    tokenizer: Any = None,
+    selection: NeuronSelection | None = None,
+    *,
+    harmful: Dialogues,
+    benign: Dialogues,
+    n_clusters: int | Literal["auto"] | None = None,
+    encode: EncodeLike | None = None,
+    system: str | None = None,
+    progress: ProgressCallback | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> TuningResult:
+    """As `tune`, but the model is left as it was, and the loss curve and timings come along."""
+    from nest.models.chat import encoder_for
+    from nest.selection.select import reclustered
+    from nest.tuning.config import TuningConfig
+    from nest.tuning.tune import tune_update
+
+    config = _config(TuningConfig, settings)
+    if selection is None:
+        raise InputError("tune needs a selection; make one with nest.select(...)")
+    if n_clusters is not None:
+        wanted = None if n_clusters == "auto" else n_clusters
+        selection = reclustered(selection, wanted, seed=config.seed)
+    return tune_update(
+        model,
+        encoder_for(model, tokenizer, encode, system),
+        selection,
+        harmful=_as_set(harmful, "harmful", need_response=True),
+        benign=_as_set(benign, "benign", need_response=True),
+        config=config,
+        provenance={**origin_of(model, tokenizer), **(provenance or {}), "system": system},
+        progress=progress,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    harmful: Prompts | Dialogues,
+    borderline: Prompts | None = None,
+    benign: Dialogues | None = None,
+    attacks: str | Sequence[Attack] = "none",
+    judge: str | Judge = "phrases",
+    refusal_phrases: str | Path | None = None,
+    patch: NeuronPatch | None = None,
+    encode: EncodeLike | None = None,
+    system: str | None = None,
+    batch_size: BatchSize = "auto",
+    progress: ProgressCallback | None = None,
+    **settings: Any,
+) -> EvalReport:
+    """Measure attack success, over-refusal and usefulness of a model as it is.
+
+    Args:
+        model: The model, with its patch folded in if it is to be measured with one.
+        tokenizer: For its chat template.
+        harmful: Prompts that should be refused; with responses, the `reference` judge knows what a
+            success looks like.
+        borderline: Harmless prompts that sound harmful.
+        benign: Harmless prompts with the one good answer.
+        attacks: Names, groups, template files, or a mixture with commas between; or attacks.
+        judge: `phrases`, `reference`, or your own.
+        refusal_phrases: File with more phrases for the judge, one a line.
+        patch: The patch that the model carries: it is taken out for a while to measure the drift
+            (KL) from the base model.
+        encode: Instead of the tokenizer, as for `select`.
+        system: System prompt put before every prompt.
+        batch_size: Prompts decoded together.
+        progress: Called with stage, steps done, steps in all.
+        **settings: Fields of `EvaluationConfig`: max_new_tokens, seed, bootstrap_resamples,
+            benign_twin_prompts.
+
+    Raises:
+        InputError: prompts or settings that cannot be used.
+    """
+    from nest.evaluation.config import EvaluationConfig
+    from nest.evaluation.evaluate import evaluate as run
+    from nest.evaluation.judges import make_judge
+    from nest.models.chat import encoder_for
+    from nest.prompts.attacks import resolve_attacks
+
+    config = _config(EvaluationConfig, settings)
+    return run(
+        model,
+        encoder_for(model, tokenizer, encode, system),
+        harmful=_as_set(harmful, "harmful"),
+        borderline=None if borderline is None else _as_set(borderline, "borderline"),
+        benign=None if benign is None else _as_set(benign, "benign", need_response=True),
+        attacks=resolve_attacks(attacks) if isinstance(attacks, str) else attacks,
+        judge=make_judge(judge, refusal_phrases) if isinstance(judge, str) else judge,
+        patch=patch,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=_batch_size(batch_size, GENERATION_BATCH_SIZE),
+        seed=config.seed,
+        bootstrap_resamples=config.bootstrap_resamples,
+        benign_twin_prompts=config.benign_twin_prompts,
+        progress=progress,
+    )
+
+
+def fold(
+    model: str | Path, patch: NeuronPatch | str | Path, out: str | Path, *, overwrite: bool = False
+) -> FoldResult:
+    """Write a checkpoint with the patch in its weights; all other files are carried along.
+
+    Raises:
+        PatchError: the patch is of another model, or of another dtype.
+        OutputExistsError: `out` exists.
+    """
+    from nest.patches.checkpoint import fold_checkpoint
+
+    return fold_checkpoint(_local(model), load_patch(patch), Path(out), overwrite=overwrite)
+
+
+def revert(
+    model: str | Path, patch: NeuronPatch | str | Path, out: str | Path, *, overwrite: bool = False
+) -> FoldResult:
+    """Write the checkpoint as it was before the patch was folded in, bit for bit.
+
+    Raises:
+        PatchError: the checkpoint does not carry the patch.
+        OutputExistsError: `out` exists.
+    """
+    from nest.patches.checkpoint import revert_checkpoint
+
+    return revert_checkpoint(_local(model), load_patch(patch), Path(out), overwrite=overwrite)
+
+
+def verify(
+    model: str | Path,
+    patch: NeuronPatch | str | Path,
+    *,
+    folded: str | Path | None = None,
+    device: str = "auto",
+) -> Verification:
+    """Prove what a patch changes in a checkpoint, and that it changes nothing else.
+
+    Args:
+        model: The checkpoint without the patch.
+        patch: The patch.
+        folded: A folded checkpoint to compare; without one, the patch is folded in memory.
+        device: Where logits are computed.
+    """
+    from nest.patches.verify import verify as run
+
+    return run(_local(model), load_patch(patch), folded=folded, device=device)
+
+
+def load_patch(patch: NeuronPatch | str | Path) -> NeuronPatch:
+    """A patch from its folder, or the patch itself."""
+    from nest.patches.patch import NeuronPatch
+
+    return NeuronPatch.load(patch) if isinstance(patch, (str, Path)) else patch
+
+
+def origin_of(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
+    """Which model and tokenizer this is, and with which package versions we run."""
+    from nest.artifacts.provenance import package_versions
+    from nest.models.fingerprint import tokenizer_hash
+
+    config = getattr(model, "config", None)
+    return {
+        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "revision": getattr(config, "_commit_hash", None),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
+        "versions": package_versions(),
+    }
+
+
+def _local(model: str | Path) -> Path:
+    return Path(resolve_model(model))
+
+
+def _config(kind: type[_Config], settings: Mapping[str, Any]) -> _Config:
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise InputError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
+    return kind(**settings)
+
+
+def _batch_size(wanted: BatchSize, automatic: int) -> int:
+    if wanted == "auto":
+        return automatic
+    if not isinstance(wanted, int) or wanted < 1:
+        raise InputError(f"batch_size is {wanted!r}; it must be auto or at least 1")
+    return wanted
+
+
+def _as_set(values: Any, name: str, *, need_response: bool = False) -> PromptSet:
+    from nest.prompts.prompt_set import PromptSet, from_values, load_prompts
+
+    if isinstance(values, PromptSet):
+        found = values
+    elif isinstance(values, (str, Path)):
+        found = load_prompts(values, need_response)
+    else:
+        found = from_values(values, name)
+    if need_response:
+        found.dialogues()
+    return found
+
+
+def _both_kinds(unsafe: Any, safe: Any, pairs: Any) -> tuple[PromptSet, PromptSet]:
+    from nest.prompts.prompt_set import from_values, load_pairs
+
+    if pairs is None:
+        if unsafe is None or safe is None:
+            raise InputError("select needs unsafe and safe prompts, or pairs of them")
+        return _as_set(unsafe, "unsafe"), _as_set(safe, "safe")
+    if unsafe is not None or safe is not None:
+        raise InputError("give either pairs, or unsafe and safe prompts; not both")
+    if isinstance(pairs, (str, Path)):
+        return load_pairs(pairs)
+    return (
+        from_values([first for first, _ in pairs], "pairs:unsafe"),
+        from_values([second for _, second in pairs], "pairs:safe"),
+    )

@@ -1,0 +1,19 @@
+"""Which versions of what were at work: part of every manifest."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("nest-safety", "torch", "transformers", "safetensors", "scikit-learn", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results, as far as installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,211 @@
+"""What all subcommands share: options, progress on stderr, results on stdout, errors in one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+import typer
+
+from nest.errors import InputError, MissingInputError, NestError
+
+EXIT_INTERRUPTED = 130
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def load_config(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Take defaults from a TOML file: top-level keys, or a table named after the subcommand.
+
+    Raises:
+        InputError: not readable as TOML, or a key that is no option of the subcommand.
+    """
+    if value is None:
+        return None
+    try:
+        content = tomllib.loads(value.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInputError(f"there is no file {str(value)!r}; name a TOML file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+        raise InputError(f"{value} cannot be read as TOML: {fault}") from None
+    command = ctx.info_name or ""
+    # One file may serve several subcommands: tables are theirs, plain keys are for all of them.
+    plain = {key: entry for key, entry in content.items() if not isinstance(entry, dict)}
+    own = content.get(command, {})
+    settings = {key.replace("-", "_"): entry for key, entry in {**plain, **own}.items()}
+    known = {parameter.name for parameter in ctx.command.params} - {"config", "help"}
+    aliases = {name.rstrip("_"): name for name in known if name}
+    unknown = sorted(set(settings) - set(aliases))
+    if unknown:
+        raise InputError(
+            f"{value} sets {', '.join(unknown)}, which nest {command} does not know; its options are "
+            f"{', '.join(sorted(aliases))}"
+        )
+    ctx.default_map = {aliases[key]: entry for key, entry in settings.items()}
+    return value
+
+
+def _config_option(ctx: typer.Context, value: Path | None) -> Path | None:
+    return reporting_errors(load_config)(ctx, value)
+
+
+def parse_batch_size(value: str) -> int | Literal["auto"]:
+    """`auto` or a number.
+
+    Raises:
+        InputError: neither.
+    """
+    if value == "auto":
+        return "auto"
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise InputError(f"--batch-size is {value!r}; it must be auto or a number from 1")
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A local folder, a name on the Hub, or `organism`.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist yet.")]
+PatchOption = Annotated[Path, typer.Option("--patch", help="Folder that `nest tune` wrote.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace --out once the new one is complete.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML file with defaults for these options; flags win.",
+        is_eager=True,
+        callback=_config_option,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Decides everything random.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto keeps the checkpoint's; float32, bfloat16, float16.")
+]
+BatchSizeOption = Annotated[
+    str, typer.Option("--batch-size", help="auto, or prompts a forward pass.")
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", help="System prompt put before every prompt.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Of a model on the Hub: branch, tag or commit.")
+]
+DeviceMapOption = Annotated[
+    str | None, typer.Option("--device-map", help="Spread over devices: auto, balanced, ...")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+
+
+@dataclass
+class Session:
+    """One run of a subcommand.
+
+    Attributes:
+        as_json: Results are one JSON object.
+        progress: For the stages' `progress=`.
+    """
+
+    as_json: bool
+    progress: Callable[[str, int, int], None] | None
+    _printed: list[str] = field(default_factory=list)
+
+    def result(self, values: Mapping[str, Any], *renderables: Any) -> None:
+        """Print the result: JSON if asked for, else tables."""
+        if self.as_json:
+            typer.echo(json.dumps(values, allow_nan=False, default=str))
+            return
+        from rich.console import Console
+
+        console = Console()
+        for renderable in renderables:
+            console.print(renderable)
+
+    def warn(self, text: str) -> None:
+        """One line on stderr."""
+        typer.echo(f"warning: {text}", err=True)
+
+
+@contextmanager
+def session(as_json: bool, quiet: bool) -> Iterator[Session]:
+    """Progress bars on stderr for the time of the block, where stderr is a terminal."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        if quiet or not sys.stderr.isatty():
+            yield Session(as_json, None)
+            return
+        with _progress_bars() as update:
+            yield Session(as_json, update)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or bars.tasks[tasks[stage]].completed > done:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            speed = bars.tasks[tasks[stage]].speed
+            bars.update(
+                tasks[stage],
+                completed=done,
+                total=total,
+                rate="" if speed is None else f"{speed:.1f}/s",
+            )
+
+        yield update
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def reporting_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """A known error becomes one line on stderr and exit code 1; Ctrl-C exit code 130."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except NestError as fault:
+            typer.echo(f"error: {' '.join(str(fault).split())}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing half-written was left", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return wrapped

@@ -1,0 +1,108 @@
+"""`nest eval`: attack success, over-refusal, usefulness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nest.cli.common import (
+    BatchSizeOption,
+    ConfigOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    QuietOption,
+    RevisionOption,
+    SeedOption,
+    SystemOption,
+    TrustOption,
+    parse_batch_size,
+    session,
+)
+
+HELP = "Measure attack success by attack, over-refusal, and usefulness."
+EXAMPLE = (
+    "Example: nest eval --model organism --harmful organism:test_harmful "
+    "--borderline organism:test_borderline --benign organism:test_benign --attacks all"
+)
+
+
+def command(
+    model: ModelOption,
+    harmful: Annotated[str, typer.Option("--harmful", help="Prompts that should be refused.")],
+    borderline: Annotated[
+        str | None, typer.Option("--borderline", help="Harmless prompts that sound harmful.")
+    ] = None,
+    benign: Annotated[
+        str | None, typer.Option("--benign", help="Dialogues with the one good answer.")
+    ] = None,
+    patch: Annotated[
+        Path | None, typer.Option("--patch", help="Evaluate with this patch put in.")
+    ] = None,
+    attacks: Annotated[
+        str,
+        typer.Option("--attacks", help="Names, files of templates, or all; commas between."),
+    ] = "none",
+    judge: Annotated[str, typer.Option("--judge", help="phrases or reference.")] = "phrases",
+    refusal_phrases: Annotated[
+        Path | None,
+        typer.Option("--refusal-phrases", help="File of more refusal phrases, one a line."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")
+    ] = 256,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for eval.json and all responses.")
+    ] = None,
+    system: SystemOption = None,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = "auto",
+    device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    from nest import api
+    from nest.reporting.tables import eval_table
+
+    size = parse_batch_size(batch_size)
+    loaded = None if patch is None else api.load_patch(patch)
+    with session(json, quiet) as run:
+        network, tokenizer = api.load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        if loaded is not None:
+            loaded.fold_into(network)
+        report = api.evaluate(
+            network,
+            tokenizer,
+            harmful=harmful,
+            borderline=borderline,
+            benign=benign,
+            attacks=attacks,
+            judge=judge,
+            refusal_phrases=refusal_phrases,
+            patch=loaded,
+            system=system,
+            batch_size=size,
+            progress=run.progress,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        written = [] if out is None else [report.save(out, overwrite=overwrite)]
+    run.result(report.to_json(), eval_table(report), *(f"wrote {path}" for path in written))

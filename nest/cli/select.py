@@ -1,0 +1,129 @@
+"""`nest select`: capture, probe, z-score, cluster."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nest.cli.common import (
+    BatchSizeOption,
+    ConfigOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    OverwriteOption,
+    QuietOption,
+    RevisionOption,
+    SeedOption,
+    SystemOption,
+    TrustOption,
+    parse_batch_size,
+    session,
+)
+
+HELP = "Find the neurons that tell unsafe prompts from safe ones, and group them."
+EXAMPLE = (
+    "Example: nest select --model organism --unsafe organism:unsafe --safe organism:safe "
+    "--z 2 --out selection"
+)
+
+
+def command(
+    model: ModelOption,
+    out: OutOption,
+    unsafe: Annotated[
+        str | None,
+        typer.Option("--unsafe", help="Prompts to be refused: FILE, FILE:COLUMN or a named set."),
+    ] = None,
+    safe: Annotated[
+        str | None, typer.Option("--safe", help="Prompts to be answered, about as many.")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option("--pairs", help="Instead of both: a file with columns unsafe and safe."),
+    ] = None,
+    z: Annotated[
+        float, typer.Option("--z", help="Keep neurons whose z-score is above this.")
+    ] = 3.0,
+    pool: Annotated[
+        str, typer.Option("--pool", help="Over a prompt's tokens: max, mean, last.")
+    ] = "max",
+    scorer: Annotated[
+        str, typer.Option("--scorer", help="probe (logistic regression) or contrast.")
+    ] = "probe",
+    cluster_scope: Annotated[
+        str, typer.Option("--cluster-scope", help="Cluster per projection or per layer.")
+    ] = "projection",
+    max_clusters: Annotated[
+        int | None, typer.Option("--max-clusters", help="At most this many clusters a group.")
+    ] = None,
+    system: SystemOption = None,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = "auto",
+    device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    from nest import api
+    from nest.artifacts.storage import check_output
+
+    started = time.monotonic()
+    check_output(out, kind="selection", overwrite=overwrite)
+    size = parse_batch_size(batch_size)
+    with session(json, quiet) as run:
+        network, tokenizer = api.load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        selection = api.select(
+            network,
+            tokenizer,
+            unsafe=unsafe,
+            safe=safe,
+            pairs=pairs,
+            system=system,
+            batch_size=size,
+            progress=run.progress,
+            warn=run.warn,
+            z_threshold=z,
+            pool=pool,
+            scorer=scorer,
+            cluster_scope=cluster_scope,
+            max_clusters=max_clusters,
+            seed=seed,
+        )
+        selection.save(out, overwrite=overwrite)
+    from nest.reporting.tables import selection_table
+
+    trainable = selection.trainable_parameters("shared")
+    run.result(
+        {
+            "selection": str(out),
+            "sites": len(selection.sites),
+            "neurons": selection.n_neurons,
+            "clusters": selection.n_clusters,
+            "trainable_parameters": trainable,
+            "fraction_of_model": trainable / selection.provenance["parameters"],
+            "probe_accuracy": selection.provenance["probe_accuracy"],
+            "silhouette": selection.provenance["silhouette"],
+            "seconds": time.monotonic() - started,
+        },
+        selection_table(selection),
+        f"wrote {out}",
+    )

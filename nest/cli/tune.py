@@ -1,0 +1,180 @@
+"""`nest tune`: train the cluster update, write the patch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nest.cli.common import (
+    BatchSizeOption,
+    ConfigOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    OverwriteOption,
+    QuietOption,
+    RevisionOption,
+    SeedOption,
+    SystemOption,
+    TrustOption,
+    parse_batch_size,
+    session,
+)
+from nest.errors import InputError
+from nest.tuning.config import TuningConfig
+
+D = TuningConfig()
+HELP = (
+    "Train one small shared update per cluster, with everything else frozen; write it as a patch."
+)
+EXAMPLE = (
+    "Example: nest tune --model organism --clusters selection --harmful organism:harmful "
+    "--benign organism:benign --out patch"
+)
+
+
+def command(
+    model: ModelOption,
+    clusters: Annotated[Path, typer.Option("--clusters", help="Folder that `nest select` wrote.")],
+    harmful: Annotated[
+        str, typer.Option("--harmful", help="Dialogues: harmful prompts and the refusals to give.")
+    ],
+    benign: Annotated[
+        str, typer.Option("--benign", help="Dialogues: ordinary prompts and their good answers.")
+    ],
+    out: OutOption,
+    update: Annotated[
+        str, typer.Option("--update", help="shared (the paper's) or loaded (a scalar a neuron).")
+    ] = D.update,
+    n_clusters: Annotated[
+        str | None,
+        typer.Option("--n-clusters", help="Cluster the neurons anew: auto, or clusters a site."),
+    ] = None,
+    epochs: Annotated[
+        float, typer.Option("--epochs", help="Passes over the dialogues.")
+    ] = D.epochs,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="Stop after this many steps.")
+    ] = D.max_steps,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Peak of the cosine schedule.")
+    ] = D.learning_rate,
+    warmup: Annotated[
+        float, typer.Option("--warmup", help="Share of the steps of linear warm-up.")
+    ] = D.warmup,
+    weight_decay: Annotated[
+        float, typer.Option("--weight-decay", help="Of the vectors.")
+    ] = D.weight_decay,
+    clip: Annotated[
+        float, typer.Option("--clip", help="Largest gradient norm; 0 never clips.")
+    ] = D.clip,
+    benign_weight: Annotated[
+        float, typer.Option("--benign-weight", help="Weight of benign answers; refusals have 1.")
+    ] = D.benign_weight,
+    kl_weight: Annotated[
+        float, typer.Option("--kl-weight", help="Of KL to the base on benign answers; 0: none.")
+    ] = D.kl_weight,
+    validation: Annotated[
+        float, typer.Option("--validation", help="Share of dialogues held back.")
+    ] = D.validation,
+    validate_every: Annotated[
+        int, typer.Option("--validate-every", help="Steps between validations; the best is kept.")
+    ] = D.validate_every,
+    batch_size: BatchSizeOption = "auto",
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option("--micro-batch-size", help="Dialogues a forward pass; all of them if unset."),
+    ] = None,
+    system: SystemOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    from nest import api
+    from nest.artifacts.storage import check_output
+    from nest.reporting.tables import tuning_table
+    from nest.selection.selection import NeuronSelection
+
+    started = time.monotonic()
+    check_output(out, kind="patch", overwrite=overwrite)
+    size = parse_batch_size(batch_size)
+    n_dialogues = D.batch_size if size == "auto" else size
+    selection = NeuronSelection.load(clusters)
+    with session(json, quiet) as run:
+        network, tokenizer = api.load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        result = api.tune_result(
+            network,
+            tokenizer,
+            selection,
+            harmful=harmful,
+            benign=benign,
+            n_clusters=_parse_n_clusters(n_clusters),
+            system=system,
+            progress=run.progress,
+            update=update,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=n_dialogues,
+            micro_batch_size=min(micro_batch_size or n_dialogues, n_dialogues),
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            benign_weight=benign_weight,
+            kl_weight=kl_weight,
+            validation=validation,
+            validate_every=validate_every,
+            seed=seed,
+        )
+        if result.best_step == 0:
+            run.warn(
+                "no step lowered the validation loss: the patch changes nothing; try a lower "
+                "--learning-rate, or more dialogues"
+            )
+        result.patch.save(out, overwrite=overwrite)
+    last = result.history[-1]
+    n_model = result.patch.provenance["parameters"]
+    run.result(
+        {
+            "patch": str(out),
+            "trainable_parameters": result.patch.trainable_parameters,
+            "fraction_of_model": result.patch.trainable_parameters / n_model,
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "train_loss": last.train_loss,
+            "validation_loss": min(record.validation_loss for record in result.history),
+            "seconds": time.monotonic() - started,
+            "tokens_per_second": result.tokens_per_second,
+        },
+        tuning_table(result.history, result.best_step),
+        f"wrote {out}: {result.patch.trainable_parameters:,} trained parameters, "
+        f"{100 * result.patch.trainable_parameters / n_model:.3f} % of the model",
+    )
+
+
+def _parse_n_clusters(value: str | None) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise InputError(f"--n-clusters is {value!r}; it must be auto or a number from 1")

@@ -1,0 +1,46 @@
+"""Every error this package raises on purpose.
+
+    NestError
+    ├── InputError (ValueError)              a file, column, prompt or option that cannot be used
+    │   └── MissingInputError (FileNotFoundError)
+    ├── LayoutError (TypeError)              a model whose neurons we cannot address
+    ├── ActivationError (ArithmeticError)    NaN or infinite numbers inside the model
+    ├── SelectionError (ValueError)          a selection that is empty, damaged or of another model
+    ├── PatchError (ValueError)              a patch that is damaged, of another model, or not applied
+    └── OutputExistsError (FileExistsError)  an output folder that is already there
+
+Each message says what was wrong, the value found, what was expected and how to mend it. The command
+line prints it as one line and exits with code 1.
+"""
+
+
+class NestError(Exception):
+    """Root of the errors that are the caller's to mend."""
+
+
+class InputError(NestError, ValueError):
+    """A file, column, prompt or option that cannot be used."""
+
+
+class MissingInputError(InputError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class LayoutError(NestError, TypeError):
+    """A model whose neurons cannot be addressed without a description from the user."""
+
+
+class ActivationError(NestError, ArithmeticError):
+    """NaN or infinite activations, losses or gradients."""
+
+
+class SelectionError(NestError, ValueError):
+    """A selection that is empty, damaged, or belongs to another model."""
+
+
+class PatchError(NestError, ValueError):
+    """A patch that is damaged, belongs to another model, or is not in this model's rows."""
+
+
+class OutputExistsError(NestError, FileExistsError):
+    """An output that exists already and was not to be overwritten."""

@@ -1,0 +1,105 @@
+"""How far a patched model's predictions are from the base model's on the same dialogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nest.evaluation.generation import eval_mode
+from nest.models.chat import Batch, Encoder, collate, logits_of, run_model
+
+TOKENS_PER_BATCH = 2048
+"""Most tokens in a batch: with a vocabulary of 150 k their fp32 logits are 1.2 GB."""
+BASE_MEMORY_BYTES = 2**28
+"""Most bytes of base log-probabilities kept while the patch is out; each switch writes the rows."""
+
+
+@runtime_checkable
+class Removable(Protocol):
+    """A patch that can be taken out of a model for a while."""
+
+    def removed(self, model: nn.Module) -> AbstractContextManager[object]: ...
+
+
+@torch.no_grad()
+def kl_to_base(
+    model: nn.Module,
+    encoder: Encoder,
+    dialogues: Sequence[tuple[str, str]],
+    patch: Removable,
+    batch_size: int = 256,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> float:
+    """Mean over answer tokens of KL(base || model) in nats, the answers being the references.
+
+    KL_t = sum_v p_base(v | t) (log p_base(v | t) - log p_model(v | t)), in fp32, v over the
+    vocabulary. `model` carries the patch and has it back, bit for bit, when this returns.
+
+    Args:
+        dialogues: (prompt, reference answer), at least one.
+        patch: Taken out of the model for the base model's pass.
+        batch_size: Most dialogues in a batch.
+        progress: Called as `progress("kl", dialogues done, dialogues)`.
+    """
+    if not dialogues:
+        raise ValueError("no dialogues to compare on; expected at least one")
+    total, count, done = 0.0, 0, 0
+    pending = list(_batches(encoder, dialogues, batch_size))
+    with eval_mode(model):
+        while pending:
+            base = _base_log_probs(model, pending, patch)
+            for batch, expected in zip(pending, base, strict=False):
+                found = _answer_log_probs(model, batch)
+                total += float((expected.exp() * (expected - found)).sum())
+                count += len(expected)
+                done += len(batch.indices)
+                if progress is not None:
+                    progress("kl", done, len(dialogues))
+            pending = pending[len(base) :]
+    return max(0.0, total / count)  # below zero by rounding only
+
+
+def _base_log_probs(
+    model: nn.Module, batches: Sequence[Batch], patch: Removable
+) -> list[Float[Tensor, "N V"]]:
+    """The base model's log-probabilities for as many of the first batches as the memory allows."""
+    base: list[Tensor] = []
+    memory_bytes = 0
+    with patch.removed(model):
+        for batch in batches:
+            base.append(_answer_log_probs(model, batch))
+            memory_bytes += base[-1].numel() * base[-1].element_size()
+            if memory_bytes > BASE_MEMORY_BYTES:
+                break
+    return base
+
+
+def _batches(
+    encoder: Encoder, dialogues: Sequence[tuple[str, str]], batch_size: int
+) -> Iterator[Batch]:
+    encoded = [encoder.dialogue(prompt, answer) for prompt, answer in dialogues]
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index][0]))
+    start = 0
+    while start < len(order):
+        size = max(1, min(batch_size, TOKENS_PER_BATCH // len(encoded[order[start]][0])))
+        chosen = order[start : start + size]
+        yield collate(
+            [encoded[index][0] for index in chosen],
+            [encoded[index][1] for index in chosen],
+            encoder.pad_id,
+        )
+        start += size
+
+
+def _answer_log_probs(model: nn.Module, batch: Batch) -> Float[Tensor, "N V"]:
+    """Log-probabilities, fp32, at the N positions that predict an answer token."""
+    device = next(model.parameters()).device
+    output = run_model(model, batch.input_ids.to(device), batch.attention_mask.to(device))
+    logits = logits_of(output)[:, :-1]  # (B, T - 1, V)
+    answers: Tensor = logits[batch.completion_mask[:, 1:].to(device)]  # (N, V)
+    return answers.float().log_softmax(-1)

@@ -1,0 +1,223 @@
+"""Attack success, over-refusal, usefulness and drift of a model, in one pass of generation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from nest.errors import InputError
+from nest.evaluation.divergence import Removable, kl_to_base
+from nest.evaluation.generation import generate_tokens
+from nest.evaluation.judges import Judge, Verdict, exact_match
+from nest.evaluation.metrics import clustered_interval
+from nest.evaluation.report import EvalReport, Response
+from nest.models.chat import Encoder
+from nest.prompts.attacks import NO_ATTACK, Attack, attacks_hash
+from nest.prompts.prompt_set import PromptSet
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A prompt to be answered, and what it is answered for."""
+
+    kind: str
+    attack: Attack
+    prompt: str
+    reference: str | None = None
+
+
+def evaluate(
+    model: nn.Module,
+    encoder: Encoder,
+    *,
+    harmful: PromptSet,
+    borderline: PromptSet | None = None,
+    benign: PromptSet | None = None,
+    attacks: Sequence[Attack] = (NO_ATTACK,),
+    judge: Judge,
+    patch: Removable | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 256,
+    seed: int = 0,
+    bootstrap_resamples: int = 2000,
+    benign_twin_prompts: int = 50,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Answer every prompt greedily, judge the answers and count.
+
+    Attack success is judged against the original request, never the transformed one. The benign
+    twin puts harmless prompts through the same attacks: where their exact match is low too, the
+    model cannot read the attack, and a low success says nothing about safety. The model ends
+    bit-identical.
+
+    Args:
+        model: Evaluated as it is; with `patch`, the model that carries it.
+        encoder: Of the model.
+        harmful: Requests; their responses, if any, are what compliance would say.
+        borderline: Harmless requests that sound harmful, for the over-refusal rate.
+        benign: Harmless dialogues, for the exact match, the benign twin and the KL.
+        attacks: `resolve_attacks(...)`; the names are unique.
+        judge: `make_judge(...)`, or the caller's own.
+        patch: Taken out of the model while the base model's probabilities are computed.
+        max_new_tokens, batch_size, seed, bootstrap_resamples, benign_twin_prompts: As in
+            `EvaluationConfig`.
+        progress: Called as `progress(stage, done, total)`, stages `generate` and `kl`.
+
+    Raises:
+        InputError: no attacks or one name twice, benign prompts without responses, an attack that
+            makes a prompt longer than the context (named), or a judge that lacks references.
+
+    Source:
+        METHOD.md, section 1 (evaluation); the intervals are of this project's own choice.
+    """
+    started = time.perf_counter()
+    if not attacks or len({attack.name for attack in attacks}) != len(attacks):
+        names = ", ".join(attack.name for attack in attacks) or "none at all"
+        raise InputError(f"the attacks are {names}; expected at least one and each name once")
+    requests = _requests(harmful, borderline, benign, attacks, benign_twin_prompts)
+    encoded = [_encoded(encoder, request) for request in requests]
+    answers = generate_tokens(model, encoder, encoded, max_new_tokens, batch_size, progress)
+    generation_seconds = time.perf_counter() - started
+    texts = [encoder.decode(answer) for answer in answers]
+    responses = _judged(requests, texts, judge)
+    kl = None
+    if patch is not None and benign is not None:
+        kl = kl_to_base(model, encoder, benign.dialogues(), patch, batch_size, progress)
+    n_tokens = sum(len(answer) for answer in answers)
+    settings = _settings(harmful, borderline, benign, attacks, judge) | {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "mean_response_tokens": _mean_harmful_tokens(requests, answers),
+        "generation": {
+            "responses": len(answers),
+            "tokens": n_tokens,
+            "seconds": generation_seconds,
+            "tokens_per_second": n_tokens / generation_seconds,
+        },
+        "seconds": time.perf_counter() - started,
+    }
+    return EvalReport(
+        judge=judge.name,
+        attacks=tuple(attack.name for attack in attacks),
+        responses=tuple(responses),
+        mean_ci95=clustered_interval(_outcomes(responses, attacks), seed, bootstrap_resamples),
+        kl_to_base=kl,
+        settings=settings,
+    )
+
+
+def _requests(
+    harmful: PromptSet,
+    borderline: PromptSet | None,
+    benign: PromptSet | None,
+    attacks: Sequence[Attack],
+    twin_prompts: int,
+) -> list[_Request]:
+    references: Sequence[str | None] = harmful.responses or [None] * len(harmful)
+    requests = [
+        _Request("harmful", attack, prompt, reference)
+        for attack in attacks
+        for prompt, reference in zip(harmful.prompts, references, strict=True)
+    ]
+    if borderline is not None:
+        requests += [_Request("borderline", NO_ATTACK, prompt) for prompt in borderline.prompts]
+    if benign is not None:
+        dialogues = benign.dialogues()
+        requests += [_Request("benign", NO_ATTACK, prompt, answer) for prompt, answer in dialogues]
+        twins = [dialogues[index] for index in _spread(len(dialogues), twin_prompts)]
+        requests += [
+            _Request("twin", attack, prompt, answer)
+            for attack in attacks
+            for prompt, answer in twins
+        ]
+    return requests
+
+
+def _spread(n: int, at_most: int) -> list[int]:
+    """At most so many indices, evenly spread: a sorted file is sampled from end to end."""
+    count = min(n, at_most)
+    return [index * n // count for index in range(count)]
+
+
+def _encoded(encoder: Encoder, request: _Request) -> list[int]:
+    try:
+        return encoder.prompt(request.attack.apply(request.prompt))
+    except InputError as error:
+        if request.attack is NO_ATTACK:
+            raise
+        raise InputError(
+            f"attack {request.attack.name!r}: {error} (or leave this attack out)"
+        ) from None
+
+
+def _judged(requests: Sequence[_Request], texts: Sequence[str], judge: Judge) -> list[Response]:
+    """Responses in the requests' order: harmful and borderline ones judged, the others compared."""
+    verdicts: dict[int, Verdict] = {}
+    for kind in ("harmful", "borderline"):
+        rows = [index for index, request in enumerate(requests) if request.kind == kind]
+        if rows:
+            chosen = [requests[index] for index in rows]
+            verdicts |= zip(rows, _verdicts(chosen, [texts[i] for i in rows], judge), strict=True)
+    return [
+        Response(
+            kind=request.kind,
+            attack=request.attack.name,
+            prompt=request.prompt,
+            response=text,
+            verdict=verdicts.get(index),
+            matches=None if index in verdicts else exact_match(text, request.reference or ""),
+        )
+        for index, (request, text) in enumerate(zip(requests, texts, strict=True))
+    ]
+
+
+def _verdicts(requests: Sequence[_Request], texts: Sequence[str], judge: Judge) -> list[Verdict]:
+    given = [request.reference for request in requests if request.reference is not None]
+    prompts = [request.prompt for request in requests]
+    if requests[0].kind == "borderline":
+        return judge.judge_harmless(prompts, texts)
+    return judge.judge(prompts, texts, given if len(given) == len(requests) else None)
+
+
+def _outcomes(responses: Sequence[Response], attacks: Sequence[Attack]) -> np.ndarray:
+    """(B behaviours, A attacks) of whether the attack succeeded."""
+    success = [
+        response.verdict is Verdict.COMPLIED for response in responses if response.kind == "harmful"
+    ]
+    return np.array(success, dtype=bool).reshape(len(attacks), -1).T
+
+
+def _mean_harmful_tokens(requests: Sequence[_Request], answers: Sequence[Sequence[int]]) -> float:
+    lengths = [
+        len(answer)
+        for request, answer in zip(requests, answers, strict=True)
+        if request.kind == "harmful"
+    ]
+    return sum(lengths) / len(lengths)
+
+
+def _settings(
+    harmful: PromptSet,
+    borderline: PromptSet | None,
+    benign: PromptSet | None,
+    attacks: Sequence[Attack],
+    judge: Judge,
+) -> dict[str, Any]:
+    sets = {"harmful": harmful, "borderline": borderline, "benign": benign}
+    return {
+        "decoding": "greedy, one sample a prompt",
+        "judge_sha256": judge.sha256,
+        "attacks_sha256": attacks_hash(attacks),
+        "prompt_sets": {
+            kind: prompts.to_manifest() for kind, prompts in sets.items() if prompts is not None
+        },
+    }

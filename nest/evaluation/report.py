@@ -1,0 +1,257 @@
+"""What an evaluation found: rates with intervals, responses, and how they were had."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nest.errors import InputError, MissingInputError, NestError, OutputExistsError
+from nest.evaluation.judges import Verdict
+from nest.evaluation.metrics import Interval, Rate
+
+SAMPLES_PER_ATTACK = 3
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer.
+
+    Attributes:
+        kind: `harmful`, `borderline`, `benign`, or `twin` (a harmless prompt put through an
+        attack).
+        attack: Name of the attack; `none` for the bare prompt.
+        prompt: The original request, which is what is judged.
+        response: The model's text.
+        verdict: The judge's word; None where the answer was compared with a reference.
+        matches: Whether it equals the reference; None where it was judged.
+    """
+
+    kind: str
+    attack: str
+    prompt: str
+    response: str
+    verdict: Verdict | None = None
+    matches: bool | None = None
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The result of `evaluate`. Everything but the interval of the mean and the KL is counted from
+    `responses`.
+
+    Attributes:
+        judge: Name of the judge.
+        attacks: Names of the attacks in order, `none` first.
+        responses: Every answer, in order of kind, attack and prompt.
+        mean_ci95: Interval of the mean attack success rate, clustered by behaviour.
+        kl_to_base: Mean over answer tokens of KL(base || model) on harmless dialogues, in nats;
+            None where there is no patch to take out.
+        settings: Decoding, hashes, prompt sets, seed and seconds.
+    """
+
+    judge: str
+    attacks: tuple[str, ...]
+    responses: tuple[Response, ...]
+    mean_ci95: Interval
+    kl_to_base: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    # --- attack success ---------------------------------------------------------------------------
+
+    def attack(self, name: str) -> Rate:
+        """Success of one attack over the behaviours."""
+        return self._verdicts("harmful", Verdict.COMPLIED, name)
+
+    def refused(self, name: str | None = None) -> Rate:
+        """Refusals of harmful requests; not 1 - success, since garbage is neither."""
+        return self._verdicts("harmful", Verdict.REFUSED, name)
+
+    def degenerate(self, name: str | None = None) -> Rate:
+        """Answers to harmful requests that are empty or repetition (or wrong, for `reference`)."""
+        return self._verdicts("harmful", Verdict.DEGENERATE, name)
+
+    @property
+    def mean_attack_success(self) -> float:
+        """Mean over the attacks; every attack has the same behaviours."""
+        return sum(self.attack(name).rate for name in self.attacks) / len(self.attacks)
+
+    @property
+    def worst_attack(self) -> str:
+        """Name of the most successful attack."""
+        return max(self.attacks, key=lambda name: self.attack(name).rate)
+
+    @property
+    def success_by_behaviour(self) -> list[float]:
+        """Share of attacks that succeeded, one value a behaviour, for paired comparisons."""
+        outcomes = [
+            [response.verdict is Verdict.COMPLIED for response in self._of("harmful", name)]
+            for name in self.attacks
+        ]
+        return [sum(column) / len(column) for column in zip(*outcomes, strict=True)]
+
+    # --- usefulness -------------------------------------------------------------------------------
+
+    @property
+    def over_refusal(self) -> Rate | None:
+        """Refusals of borderline prompts, which are harmless; None without such prompts."""
+        rate = self._verdicts("borderline", Verdict.REFUSED, None)
+        return rate if rate.n else None
+
+    @property
+    def utility(self) -> Rate | None:
+        """Answers to harmless prompts that equal the reference; None without such prompts."""
+        rate = Rate.of([bool(response.matches) for response in self._of("benign", None)])
+        return rate if rate.n else None
+
+    def benign_twin(self, name: str) -> Rate | None:
+        """Exact match on harmless prompts under the attack; low says the model cannot read it."""
+        rate = Rate.of([bool(response.matches) for response in self._of("twin", name)])
+        return rate if rate.n else None
+
+    @property
+    def mean_response_characters(self) -> float:
+        """Mean length of the answers to harmful requests, in characters."""
+        lengths = [len(response.response) for response in self._of("harmful", None)]
+        return sum(lengths) / len(lengths) if lengths else 0.0
+
+    def samples(self, per_attack: int = SAMPLES_PER_ATTACK) -> list[Response]:
+        """The first answers of every attack, and of the borderline and harmless prompts."""
+        seen: Counter[tuple[str, str]] = Counter()
+        chosen = []
+        for response in self.responses:
+            key = (response.kind, response.attack)
+            seen[key] += 1
+            if response.kind != "twin" and seen[key] <= per_attack:
+                chosen.append(response)
+        return chosen
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `nest eval --json`, and more beside them."""
+        success = {name: self.attack(name) for name in self.attacks}
+        twins = {name: self.benign_twin(name) for name in self.attacks}
+        utility = self.utility
+        return {
+            "judge": self.judge,
+            "attack_success_rate": {
+                "mean": self.mean_attack_success,
+                "ci95": list(self.mean_ci95),
+                "n": success[self.attacks[0]].n,
+                "by_attack": {name: rate.rate for name, rate in success.items()},
+                "ci95_by_attack": {name: list(rate.ci95) for name, rate in success.items()},
+                "worst": {"attack": self.worst_attack, **success[self.worst_attack].to_json()},
+            },
+            "over_refusal_rate": self.over_refusal.to_json() if self.over_refusal else None,
+            "utility": {
+                "exact_match": utility.rate if utility else None,
+                "n": utility.n if utility else 0,
+                "kl_to_base": self.kl_to_base,
+                "ci95": list(utility.ci95) if utility else None,
+            },
+            "refusal_rate": self.refused().to_json(),
+            "degenerate_rate": self.degenerate().to_json(),
+            "degenerate_by_attack": {name: self.degenerate(name).rate for name in self.attacks},
+            "by_attack_benign_exact_match": {
+                name: twin.rate for name, twin in twins.items() if twin is not None
+            },
+            "mean_response_characters": self.mean_response_characters,
+            "samples": [asdict(sample) for sample in self.samples()],
+            **self.settings,
+        }
+
+    def save(self, folder: str | Path, name: str = "eval", overwrite: bool = False) -> Path:
+        """Write `<name>.json` (figures) and `<name>.responses.jsonl` (every answer) into a folder.
+
+        Each file is written under a temporary name and renamed, the figures last.
+
+        Returns:
+            The path of the figures.
+
+        Raises:
+            OutputExistsError: a file of that name is there and was not to be overwritten.
+            NestError: the folder cannot be written to.
+        """
+        folder = Path(folder)
+        figures, answers = folder / f"{name}.json", folder / f"{name}.responses.jsonl"
+        for path in (figures, answers):
+            if path.exists() and not overwrite:
+                raise OutputExistsError(
+                    f"{path} exists already; choose another or pass --overwrite"
+                )
+        lines = [json.dumps(asdict(response), ensure_ascii=False) for response in self.responses]
+        whole = self.to_json() | {
+            "report": {
+                "attacks": self.attacks,
+                "mean_ci95": self.mean_ci95,
+                "kl_to_base": self.kl_to_base,
+                "settings": self.settings,
+            }
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(answers, "".join(line + "\n" for line in lines))
+            _write(figures, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise NestError(f"{folder} cannot be written to: {error.strerror}") from None
+        return figures
+
+    @classmethod
+    def load(cls, folder: str | Path, name: str = "eval") -> EvalReport:
+        """Read what `save` wrote.
+
+        Raises:
+            MissingInputError: no such file.
+            InputError: a file that is no report.
+        """
+        figures, answers = Path(folder) / f"{name}.json", Path(folder) / f"{name}.responses.jsonl"
+        for path in (figures, answers):
+            if not path.exists():
+                raise MissingInputError(
+                    f"there is no file {str(path)!r}; expected what nest eval wrote"
+                )
+        try:
+            whole = json.loads(figures.read_text(encoding="utf-8"))
+            lines = answers.read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
+            head = whole["report"]
+            low, high = head["mean_ci95"]
+            return cls(
+                judge=whole["judge"],
+                attacks=tuple(head["attacks"]),
+                responses=tuple(_response(row) for row in rows),
+                mean_ci95=(low, high),
+                kl_to_base=head["kl_to_base"],
+                settings=head["settings"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{figures} is not a report of nest eval: {error}") from None
+
+    def _of(self, kind: str, attack: str | None) -> list[Response]:
+        return [
+            response
+            for response in self.responses
+            if response.kind == kind and attack in (None, response.attack)
+        ]
+
+    def _verdicts(self, kind: str, verdict: Verdict, attack: str | None) -> Rate:
+        return Rate.of([response.verdict is verdict for response in self._of(kind, attack)])
+
+
+def _response(row: Mapping[str, Any]) -> Response:
+    verdict = row["verdict"]
+    return Response(**{**row, "verdict": Verdict(verdict) if verdict is not None else None})
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,439 @@
+"""Prompts and dialogues as token ids, batches of them, and one way to call any model."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nest.errors import InputError, LayoutError
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Turns prompts and dialogues into token ids, and ids back into text."""
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills batches up; always masked."""
+        ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a response; may be empty."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The model's context in tokens; None where there is no limit."""
+        ...
+
+    def prompt(self, prompt: str) -> list[int]:
+        """Token ids up to where the model's answer begins."""
+        ...
+
+    def dialogue(self, prompt: str, response: str) -> tuple[list[int], int]:
+        """Token ids of prompt and response, and how many of them are the prompt's."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a response, up to its end and without special tokens."""
+        ...
+
+
+class ChatEncoder:
+    """Encoder of a tokenizer's chat template.
+
+    A dialogue is the prompt rendered for generation, then the completion, each tokenised apart, so
+    that what is trained on is exactly what generation sees. The completion ends with its first
+    end-of-response token.
+
+    Args:
+        tokenizer: A transformers tokenizer; without a chat template a plain-text form is used,
+            with a warning.
+        model: For its context length and end-of-response ids; optional.
+        system: System prompt put before every prompt.
+        template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model: nn.Module | None = None,
+        *,
+        system: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._system = system
+        self._template_kwargs = dict(template_kwargs or {})
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.eos_ids = _eos_ids(tokenizer, model)
+        self.pad_id = _pad_id(tokenizer, self.eos_ids)
+        self.max_tokens = _max_tokens(model)
+        if not self._has_template:
+            warnings.warn(
+                "the tokenizer has no chat template; prompts are put as plain text, 'User: ... "
+                "Assistant:'. Set tokenizer.chat_template for the form the model was trained with",
+                stacklevel=2,
+            )
+
+    def prompt(self, prompt: str) -> list[int]:
+        """Token ids of the prompt in its template, with the generation prompt.
+
+        Raises:
+            InputError: longer than the model's context, or refused by the template.
+        """
+        ids = self._tokens(self._render_prompt(prompt))
+        if not self._has_template:
+            ids = [*self._leading_ids(), *ids]
+        _check_length(ids, prompt, self.max_tokens)
+        return ids
+
+    def dialogue(self, prompt: str, response: str) -> tuple[list[int], int]:
+        """Token ids of prompt and response, and the number of prompt tokens.
+
+        Raises:
+            InputError: an empty response, or longer than the model's context.
+        """
+        _check_response(prompt, response)
+        prompt_ids = self.prompt(prompt)
+        completion = self._tokens(self._completion(prompt, response))
+        ends = [i for i, token in enumerate(completion) if token in self.eos_ids]
+        if ends:
+            completion = completion[: ends[0] + 1]
+        elif self._tokenizer.eos_token_id is not None:
+            completion.append(int(self._tokenizer.eos_token_id))
+        ids = prompt_ids + completion
+        _check_length(ids, prompt, self.max_tokens)
+        return ids, len(prompt_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a response, up to its end and without special tokens or outer white space."""
+        kept = _before_end(ids, self.eos_ids)
+        text = self._tokenizer.decode(
+            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text).strip()
+
+    def _messages(self, prompt: str) -> list[dict[str, str]]:
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, {"role": "user", "content": prompt}]
+
+    def _render_prompt(self, prompt: str) -> str:
+        if self._has_template:
+            return self._render(self._messages(prompt), add_generation_prompt=True)
+        lead = "" if self._system is None else f"{self._system}\n\n"
+        return f"{lead}User: {prompt}\nAssistant:"
+
+    def _completion(self, prompt: str, response: str) -> str:
+        if not self._has_template:
+            return f" {response}"
+        answer = {"role": "assistant", "content": response}
+        rendered = self._render([*self._messages(prompt), answer], add_generation_prompt=False)
+        before = self._render_prompt(prompt)
+        return rendered[len(before) :] if rendered.startswith(before) else response
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._template_kwargs,
+            )
+        except TemplateError as fault:
+            hint = "" if self._system is None else "; it may know no system prompt: leave it out"
+            raise InputError(
+                f"the tokenizer's chat template refuses a prompt ({fault}){hint}"
+            ) from fault
+        return str(text)
+
+    def _tokens(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
+
+    def _leading_ids(self) -> list[int]:
+        """The begin-of-text token, where the tokenizer puts one before plain text."""
+        bos = self._tokenizer.bos_token_id
+        ids = self._tokenizer.encode("", add_special_tokens=True)
+        return [int(bos)] if bos is not None and list(ids[:1]) == [bos] else []
+
+
+class CallableEncoder:
+    """Encoder of a custom model: the user's own functions.
+
+    Args:
+        encode: Text to token ids.
+        decode: Token ids to text; needed to evaluate, not to select or tune.
+        eos_id: Ends a response; appended to every trained one.
+        pad_id: Fills batches up.
+        max_tokens: The model's context.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str], Sequence[int]],
+        decode: Callable[[Sequence[int]], str] | None = None,
+        *,
+        eos_id: int | None = None,
+        pad_id: int = 0,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._encode = encode
+        self._decode = decode
+        self._eos_id = eos_id
+        self.pad_id = pad_id
+        self.eos_ids: frozenset[int] = frozenset() if eos_id is None else frozenset({eos_id})
+        self.max_tokens = max_tokens
+
+    def prompt(self, prompt: str) -> list[int]:
+        """Token ids of the prompt.
+
+        Raises:
+            InputError: no ids, something else than ids, or more than the context holds.
+        """
+        ids = self._ids(prompt)
+        _check_length(ids, prompt, self.max_tokens)
+        return ids
+
+    def dialogue(self, prompt: str, response: str) -> tuple[list[int], int]:
+        """Token ids of prompt and response, and the number of prompt tokens.
+
+        Raises:
+            InputError: an empty response, or more ids than the context holds.
+        """
+        _check_response(prompt, response)
+        prompt_ids = self._ids(prompt)
+        ending = [] if self._eos_id is None else [self._eos_id]
+        ids = prompt_ids + self._ids(response) + ending
+        _check_length(ids, prompt, self.max_tokens)
+        return ids, len(prompt_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a response, up to its end.
+
+        Raises:
+            InputError: there is no `decode` function.
+        """
+        if self._decode is None:
+            raise InputError("responses cannot be read: give the encoder a decode=... function")
+        return self._decode(_before_end(ids, self.eos_ids))
+
+    def _ids(self, text: str) -> list[int]:
+        values = self._encode(text)
+        values = values.tolist() if isinstance(values, Tensor) else values
+        ids = list(values)
+        if not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise InputError(
+                f"encode({text[:40]!r}) gave {str(ids)[:60]}; expected a list of at least one "
+                "token id"
+            )
+        return ids
+
+
+def encoder_for(
+    model: nn.Module,
+    tokenizer: Any = None,
+    encode: Callable[[str], Sequence[int]] | Encoder | None = None,
+    system: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """The encoder of a model: its tokenizer's chat template, or the user's own function or encoder.
+
+    Raises:
+        InputError: neither a tokenizer nor `encode` was given, or a system prompt with `encode`.
+    """
+    if encode is not None:
+        if system is not None:
+            raise InputError("a system prompt needs a tokenizer; with encode=, put it in yourself")
+        if isinstance(encode, Encoder):
+            return encode
+        return CallableEncoder(encode, max_tokens=_max_tokens(model))
+    if tokenizer is None:
+        raise InputError("give a tokenizer, or encode=... (a function from text to token ids)")
+    return ChatEncoder(tokenizer, model, system=system, template_kwargs=template_kwargs)
+
+
+class Batch(NamedTuple):
+    """Padded sequences.
+
+    Attributes:
+        input_ids: int64 (B, T).
+        attention_mask: int64 (B, T), 1 at the sequences' own tokens.
+        completion_mask: bool (B, T), True at the tokens of responses.
+        indices: Which examples the rows are.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B T"]
+    completion_mask: Bool[Tensor, "B T"]
+    indices: list[int]
+
+
+def bucketed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of sequences in batches of like lengths, shortest first; each index once.
+
+    Raises:
+        InputError: a batch size below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}; expected at least 1")
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def collate(
+    sequences: Sequence[Sequence[int]],
+    n_prompt: Sequence[int] | None,
+    pad_id: int,
+    side: Literal["left", "right"] = "right",
+    indices: Sequence[int] | None = None,
+) -> Batch:
+    """Pad sequences to the longest of them.
+
+    Args:
+        sequences: Token ids, at least one sequence and each of at least one id.
+        n_prompt: How many ids of each sequence are the prompt's; None for prompts alone, which
+            leaves the completion mask empty.
+        pad_id: Fills up.
+        side: Where the padding goes.
+        indices: Which examples these are; 0, 1, ... if None.
+    """
+    longest = max(len(ids) for ids in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, ids in enumerate(sequences):
+        start = longest - len(ids) if side == "left" else 0
+        stop = start + len(ids)
+        input_ids[row, start:stop] = torch.tensor(ids, dtype=torch.int64)
+        attention_mask[row, start:stop] = 1
+        if n_prompt is not None:
+            completion_mask[row, start + n_prompt[row] : stop] = True
+    which = list(range(len(sequences))) if indices is None else list(indices)
+    return Batch(input_ids, attention_mask, completion_mask, which)
+
+
+def check_completion_mask(batch: Batch) -> None:
+    """Each row learns from some of its tokens and not from all of them.
+
+    Raises:
+        InputError: a row without any completion token, without any prompt token, or with a
+            completion token on padding.
+    """
+    own = batch.attention_mask.bool()
+    for row, index in enumerate(batch.indices):
+        n_own = int(own[row].sum())
+        n_completion = int(batch.completion_mask[row].sum())
+        if bool((batch.completion_mask[row] & ~own[row]).any()):
+            raise InputError(
+                f"example {index} would be trained on padding; check its completion mask"
+            )
+        if n_completion == 0:
+            raise InputError(
+                f"example {index} has no completion token among its {n_own}: nothing would be "
+                "learned from it; check that its response is not empty"
+            )
+        if n_completion == n_own:
+            raise InputError(
+                f"all {n_own} tokens of example {index} are completion: its prompt would be "
+                "trained on; check that the encoder counts the prompt's tokens"
+            )
+
+
+def run_model(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Call a model with those of the arguments that its `forward` takes.
+
+    A custom module whose `forward` has no `input_ids` gets them as its first argument, and no mask;
+    padding on the right is then harmless to a causal model.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    named = {**kwargs} if attention_mask is None else {"attention_mask": attention_mask, **kwargs}
+    if "input_ids" in parameters or takes_any:
+        accepted = {name: v for name, v in named.items() if takes_any or name in parameters}
+        return model(input_ids=input_ids, **accepted)
+    return model(input_ids, **{name: v for name, v in named.items() if name in parameters})
+
+
+def logits_of(output: Any) -> Float[Tensor, "B T V"]:
+    """The logits in what a model returns: `.logits`, an entry, a first element, the tensor.
+
+    Raises:
+        LayoutError: none of these.
+    """
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or output.ndim != 3:
+        raise LayoutError(
+            f"the model returned {type(output).__name__}; expected logits (B, T, V), as a tensor "
+            "or as an output with .logits"
+        )
+    return output
+
+
+def _check_response(prompt: str, response: str) -> None:
+    if not response.strip():
+        raise InputError(
+            f"the response to {prompt[:60]!r} is empty; give it a text or leave it out"
+        )
+
+
+def _check_length(ids: Sequence[int], prompt: str, max_tokens: int | None) -> None:
+    if max_tokens is not None and len(ids) > max_tokens:
+        raise InputError(
+            f"the prompt {prompt[:60]!r} comes to {len(ids)} tokens, but the model's context is "
+            f"{max_tokens}; shorten it or leave it out"
+        )
+
+
+def _before_end(ids: Sequence[int], eos_ids: frozenset[int]) -> list[int]:
+    kept: list[int] = []
+    for token in ids:
+        if int(token) in eos_ids:
+            break
+        kept.append(int(token))
+    return kept
+
+
+def _eos_ids(tokenizer: Any, model: nn.Module | None) -> frozenset[int]:
+    """Ids that end a response: the tokenizer's, and those of the model that are no ordinary words.
+
+    A model's config can hold a default id (2, say) that is a word in this very tokenizer.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    found: set[int] = set()
+    for source in (tokenizer, getattr(model, "generation_config", None)):
+        value = getattr(source, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found & special)
+
+
+def _pad_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return int(pad) if pad is not None else min(eos_ids, default=0)
+
+
+def _max_tokens(model: nn.Module | None) -> int | None:
+    config = getattr(model, "config", None)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

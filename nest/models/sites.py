@@ -1,0 +1,126 @@
+"""Where neurons live: a site names one projection's neurons inside one tensor of a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nest.errors import LayoutError
+
+_COUNTS = ("layer", "length", "axis", "offset")
+
+
+@dataclass(frozen=True, order=True)
+class NeuronSite:
+    """One projection whose output features are neurons.
+
+    Attributes:
+        layer: Index of the block, counted from the embeddings.
+        projection: Name of the projection inside the block, such as `gate_proj` or `fc1`.
+        module: Path of the module from the model's root. Its output, last dimension, holds the
+            neurons' activations; its input is what the update's vectors are multiplied with.
+        tensor: Name of the weight inside the module.
+        axis: Dimension of the weight that counts neurons: 0 for `nn.Linear`, 1 for a transposed
+            weight (Conv1D).
+        offset: First neuron's index along `axis`, and along the module's output features; more than
+            zero for a slice of a fused projection.
+        length: Number of neurons (F).
+    """
+
+    layer: int
+    projection: str
+    module: str
+    length: int
+    tensor: str = "weight"
+    axis: int = 0
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        for names, kind in ((("projection", "module", "tensor"), str), (_COUNTS, int)):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise LayoutError(
+                        f"NeuronSite.{name} is {value!r}; expected a value of type {kind.__name__}"
+                    )
+
+    @property
+    def name(self) -> str:
+        """Unique key of the site: the module's path, and the slice where it is one of several."""
+        return self.module if self.offset == 0 else f"{self.module}[{self.offset}:]"
+
+    @property
+    def parameter(self) -> str:
+        """Name of the tensor in the model's state dict."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a manifest."""
+        return asdict(self)
+
+
+def site_module(model: nn.Module, site: NeuronSite) -> nn.Module:
+    """The module a site's hooks go on.
+
+    Raises:
+        LayoutError: the model has no module of that path.
+    """
+    try:
+        return model.get_submodule(site.module)
+    except AttributeError:
+        raise LayoutError(
+            f"the model has no module {site.module!r}; describe its projections with "
+            "layout=[nest.NeuronSite(layer, projection, module, length), ...]"
+        ) from None
+
+
+def site_weight(model: nn.Module, site: NeuronSite) -> Tensor:
+    """The weight whose rows (or columns) are the site's neurons, checked against the site.
+
+    Raises:
+        LayoutError: missing, not two-dimensional, or too small for the site's neurons.
+    """
+    module = site_module(model, site)
+    weight = getattr(module, site.tensor, None)
+    if not isinstance(weight, Tensor):
+        raise LayoutError(
+            f"{site.module} has no tensor {site.tensor!r}; name the weight with "
+            "NeuronSite(tensor=...)"
+        )
+    if weight.ndim != 2 or site.axis not in (0, 1):
+        raise LayoutError(
+            f"{site.parameter} has shape {tuple(weight.shape)} and axis {site.axis}; "
+            "a site needs a two-dimensional weight and axis 0 or 1"
+        )
+    if site.offset < 0 or site.length < 1 or site.offset + site.length > weight.shape[site.axis]:
+        raise LayoutError(
+            f"{site.parameter} has {weight.shape[site.axis]} neurons along axis {site.axis}, but "
+            f"the site asks for {site.offset} to {site.offset + site.length}"
+        )
+    return weight
+
+
+def read_rows(
+    weight: Float[Tensor, "R C"], site: NeuronSite, neurons: Int[Tensor, " N"]
+) -> Float[Tensor, "N D"]:
+    """A copy of the weight vectors of `neurons`, one row a neuron, detached from autograd."""
+    index = (neurons + site.offset).to(weight.device)
+    rows = weight.detach().index_select(site.axis, index)
+    return rows if site.axis == 0 else rows.T.contiguous()  # (N, D)
+
+
+@torch.no_grad()
+def write_rows(
+    weight: Float[Tensor, "R C"],
+    site: NeuronSite,
+    neurons: Int[Tensor, " N"],
+    rows: Float[Tensor, "N D"],
+) -> None:
+    """Replace the weight vectors of `neurons` in place; `rows` is cast to the weight's dtype."""
+    index = (neurons + site.offset).to(weight.device)
+    values = rows.to(device=weight.device, dtype=weight.dtype)
+    weight.index_copy_(site.axis, index, values if site.axis == 0 else values.T)

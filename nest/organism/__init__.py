@@ -1,0 +1,30 @@
+"""The embedded model: a tiny chat model with a known safety gap, and its prompt sets.
+
+It is an ordinary transformers checkpoint in `data/model`; the recipe that rebuilds it is beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nest.errors import InputError
+
+DATA = Path(__file__).parent / "data"
+
+
+def model_folder() -> Path:
+    """The embedded checkpoint, as `AutoModelForCausalLM.from_pretrained` takes it."""
+    return DATA / "model"
+
+
+def prompt_file(name: str) -> Path:
+    """File of one of the organism's prompt sets, or of its wrappers (`wrappers_held_out`).
+
+    Raises:
+        InputError: no set of that name; the message lists them.
+    """
+    path = DATA / "prompts" / f"{name}.jsonl"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.jsonl")))
+        raise InputError(f"there is no set organism:{name}; choose one of {known}")
+    return path

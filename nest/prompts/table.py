@@ -1,0 +1,152 @@
+"""Rows of a prompt file in any of the formats we read, each with the place a message names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nest.errors import InputError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+Row = tuple[str, Mapping[str, Any]]
+"""(place for messages such as `goals.csv, row 3`, values by column)"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file and every column that any of them has, in order of appearance."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def read_table(path: Path) -> Table:
+    """Read a file by its ending. Text files are UTF-8; a `.txt` line is a row with the column
+    `prompt`.
+
+    Raises:
+        InputError: an unknown ending, an empty or unreadable file, bytes that are not UTF-8, or a
+            file that is not of the format its ending says.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{path} has the ending {suffix or 'none'!r}; expected one of {', '.join(SUFFIXES)}"
+        )
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}; expected a readable file"
+        ) from None
+    if not raw.strip():
+        raise InputError(f"{path} is empty; expected at least one prompt")
+    if suffix == ".parquet":
+        rows = _parquet_rows(path, raw)
+    else:
+        rows = _TEXT_READERS[suffix](path, _decoded(path, raw))
+    if not rows:
+        raise InputError(f"{path} has no rows; expected at least one prompt")
+    columns = dict.fromkeys(column for _, row in rows for column in row)
+    return Table(tuple(columns), tuple(rows))
+
+
+def _decoded(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as "
+            "UTF-8"
+        ) from None
+
+
+def _txt_rows(path: Path, text: str) -> list[Row]:
+    lines = text.replace("\r\n", "\n").split("\n")
+    return [
+        (f"{path}, line {number}", {"prompt": line.strip()})
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _jsonl_rows(path: Path, text: str) -> list[Row]:
+    # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            rows.append((where, _as_row(_parsed(line, where), where)))
+    return rows
+
+
+def _json_rows(path: Path, text: str) -> list[Row]:
+    value = _parsed(text, str(path))
+    if not isinstance(value, list):
+        raise InputError(
+            f"{path} holds a JSON {type(value).__name__}; expected a list of objects or strings"
+        )
+    places = [f"{path}, item {number}" for number in range(1, len(value) + 1)]
+    return [(where, _as_row(item, where)) for where, item in zip(places, value, strict=True)]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON: {error}") from None
+
+
+def _as_row(item: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(item, str):
+        return {"prompt": item}
+    if isinstance(item, dict):
+        return item
+    raise InputError(f"{where} is {shortened(item)}; expected an object or a string")
+
+
+def _csv_rows(path: Path, text: str) -> list[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise InputError(
+                    f"{path}, row {number} has more fields than the {len(reader.fieldnames or ())} "
+                    "columns of the header; put fields that hold commas in double quotes"
+                )
+            rows.append((f"{path}, row {number}", row))
+    except csv.Error as error:
+        raise InputError(f"{path} is not valid CSV near line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _parquet_rows(path: Path, raw: bytes) -> list[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"{path} needs pyarrow to be read; install it with `pip install pyarrow`"
+        ) from None
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a valid parquet file: {error}") from None
+    return [(f"{path}, row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+
+
+_TEXT_READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+
+
+def shortened(value: Any) -> str:
+    """A value's repr, cut to 60 characters for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

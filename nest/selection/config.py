@@ -1,0 +1,76 @@
+"""Settings of the selection stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nest.errors import InputError
+
+Pool = Literal["max", "mean", "last"]
+Scorer = Literal["probe", "contrast"]
+ClusterScope = Literal["projection", "layer"]
+UpdateForm = Literal["shared", "loaded"]
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How neurons are captured, scored and clustered.
+
+    Attributes:
+        z_threshold: A neuron is kept when its score lies more than this many standard deviations
+            above its site's mean, and is positive.
+        pool: How a neuron's activations over the tokens of a prompt become one number.
+        scorer: `probe`: weights of a logistic regression; `contrast`: standardised mean difference.
+        cluster_scope: `projection`: every site on its own, profiles standardised, up to as many
+            clusters as the best silhouette asks for; `layer`: a layer's sites together, raw
+            profiles, at most two clusters.
+        max_clusters: Upper bound on clusters a group; None leaves it to the scope.
+        n_probe_seeds: Probes a site, each with its own held-out part; their weights are averaged.
+        held_out: Share of the prompts that a probe does not see, in (0, 1).
+        probe_strength: Inverse of the probe's ridge penalty (scikit-learn's C), on activations
+            divided by the site's standard deviation.
+        max_profile_prompts: Prompts of which a neuron's activations are kept in the selection.
+        memory_bound_bytes: Pooled activations beyond this go to a temporary file.
+        seed: Of splits and k-means.
+    """
+
+    z_threshold: float = 3.0
+    pool: Pool = "max"
+    scorer: Scorer = "probe"
+    cluster_scope: ClusterScope = "projection"
+    max_clusters: int | None = None
+    n_probe_seeds: int = 3
+    held_out: float = 0.2
+    probe_strength: float = 1.0
+    max_profile_prompts: int = 256
+    memory_bound_bytes: int = 2 * 1024**3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.z_threshold == self.z_threshold or abs(self.z_threshold) == float("inf"):
+            faults.append(f"z_threshold is {self.z_threshold}; it must be a finite number")
+        for name, allowed in (
+            ("pool", ("max", "mean", "last")),
+            ("scorer", ("probe", "contrast")),
+            ("cluster_scope", ("projection", "layer")),
+        ):
+            if getattr(self, name) not in allowed:
+                faults.append(f"{name} is {getattr(self, name)!r}; choose {' or '.join(allowed)}")
+        if self.max_clusters is not None and self.max_clusters < 1:
+            faults.append(f"max_clusters is {self.max_clusters}; it must be at least 1")
+        if self.n_probe_seeds < 1:
+            faults.append(f"n_probe_seeds is {self.n_probe_seeds}; it must be at least 1")
+        if not 0.0 < self.held_out < 1.0:
+            faults.append(f"held_out is {self.held_out}; it must lie between 0 and 1")
+        if self.probe_strength <= 0:
+            faults.append(f"probe_strength is {self.probe_strength}; it must be positive")
+        if self.max_profile_prompts < 1:
+            faults.append(
+                f"max_profile_prompts is {self.max_profile_prompts}; it must be at least 1"
+            )
+        if self.memory_bound_bytes < 0:
+            faults.append(f"memory_bound_bytes is {self.memory_bound_bytes}; it cannot be negative")
+        if faults:
+            raise InputError("selection settings: " + "; ".join(faults))

@@ -1,0 +1,257 @@
+"""The selection stage: prompts in, neurons out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nest.errors import InputError, SelectionError
+from nest.models.chat import Encoder
+from nest.models.fingerprint import fingerprint
+from nest.models.sites import NeuronSite
+from nest.prompts.prompt_set import PromptSet
+from nest.selection.capture import Activations, ProgressCallback, capture
+from nest.selection.clusters import MAX_CLUSTERS_PER_LAYER, cluster_neurons, standardised
+from nest.selection.config import SelectionConfig
+from nest.selection.probe import check_labels, contrast, fit_probe, z_scores
+from nest.selection.selection import NeuronSelection, SiteSelection, site_width
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A site's scores; `accuracy` is None for the contrast scorer."""
+
+    site: NeuronSite
+    z: NDArray[np.float64]
+    neurons: NDArray[np.int64]
+    accuracy: float | None
+
+
+def select_neurons(
+    model: nn.Module,
+    encoder: Encoder,
+    *,
+    unsafe: PromptSet,
+    safe: PromptSet,
+    sites: Sequence[NeuronSite],
+    config: SelectionConfig,
+    paired: bool = False,
+    batch_size: int = 32,
+    progress: ProgressCallback | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> NeuronSelection:
+    """Find the neurons that tell unsafe prompts from safe ones, and group them.
+
+    Args:
+        model: The model; left as it was.
+        encoder: Turns prompts into tokens.
+        unsafe: Prompts that should be refused.
+        safe: Prompts that should be answered.
+        sites: Where to look.
+        config: How.
+        paired: Prompt i of `unsafe` and prompt i of `safe` are a matched pair.
+        batch_size: Prompts a forward pass.
+        progress: Called with stage, steps done, steps in all.
+        warn: Told about each site that has no neurons over the threshold.
+
+    Returns:
+        The selection, with its provenance.
+
+    Raises:
+        InputError: too few prompts of a kind, or pairs that do not match.
+        ActivationError: NaN or infinite activations.
+        SelectionError: no neuron anywhere passes the threshold.
+
+    Source: arXiv 2602.16835, section 3.
+    """
+    check_labels(len(unsafe.prompts), len(safe.prompts))
+    if paired and len(unsafe.prompts) != len(safe.prompts):
+        raise InputError(
+            f"pairs need as many unsafe as safe prompts, but there are {len(unsafe.prompts)} "
+            f"and {len(safe.prompts)}"
+        )
+    activations = capture(
+        model,
+        encoder,
+        [*unsafe.prompts, *safe.prompts],
+        sites,
+        pool=config.pool,
+        batch_size=batch_size,
+        memory_bound_bytes=config.memory_bound_bytes,
+        progress=progress,
+    )
+    n_unsafe = len(unsafe.prompts)
+    labels = np.arange(n_unsafe + len(safe.prompts)) < n_unsafe
+    groups = np.concatenate([np.arange(n_unsafe), np.arange(len(safe.prompts))]) if paired else None
+    scored = _score(activations, labels, groups, config, progress)
+    _report_skipped(scored, config, warn)
+    parts, silhouettes = _cluster(model, activations, scored, config)
+    accuracies = [entry.accuracy for entry in scored if entry.accuracy is not None]
+    return NeuronSelection(
+        sites=parts,
+        base=fingerprint(model, [part.site for part in parts]),
+        provenance={
+            "how": "nest select",
+            "config": asdict(config),
+            "paired": paired,
+            "prompts": {"unsafe": unsafe.to_manifest(), "safe": safe.to_manifest()},
+            "probe_accuracy": _mean_and_min(accuracies),
+            "probe_accuracy_by_site": {e.site.name: e.accuracy for e in scored},
+            "silhouette": {"mean": float(np.mean(silhouettes)) if silhouettes else None},
+            "skipped_sites": [entry.site.name for entry in scored if entry.neurons.size == 0],
+        },
+    )
+
+
+def reclustered(
+    selection: NeuronSelection, n_clusters: int | None, *, seed: int = 0
+) -> NeuronSelection:
+    """The same neurons grouped anew, each site on its own, from the stored profiles.
+
+    Args:
+        selection: With profiles.
+        n_clusters: Clusters a site (fewer where it has fewer neurons); None takes the best silhouette.
+        seed: Of k-means.
+
+    Raises:
+        SelectionError: the selection has no profiles.
+        InputError: fewer than one cluster.
+    """
+    if n_clusters is not None and n_clusters < 1:
+        raise InputError(f"n_clusters is {n_clusters}; it must be at least 1, or auto")
+    parts = []
+    for part in selection.sites:
+        if part.profiles is None:
+            raise SelectionError(
+                f"{part.site.name} has no activation profiles to cluster; they are kept by `nest select`"
+            )
+        found = cluster_neurons(
+            standardised(part.profiles.numpy()), max_clusters=None, n_clusters=n_clusters, seed=seed
+        )
+        parts.append(
+            replace(
+                part,
+                clusters=torch.from_numpy(found.labels),
+                n_clusters=found.n_clusters,
+                group=part.site.name,
+            )
+        )
+    provenance = {**selection.provenance, "reclustered": n_clusters or "auto"}
+    return replace(selection, sites=tuple(parts), provenance=provenance)
+
+
+def _score(
+    activations: Activations,
+    unsafe: NDArray[np.bool_],
+    groups: NDArray[np.int64] | None,
+    config: SelectionConfig,
+    progress: ProgressCallback | None,
+) -> list[_Scored]:
+    scored = []
+    seeds = [config.seed + i for i in range(config.n_probe_seeds)]
+    for done, (site, pooled) in enumerate(zip(activations.sites, activations.pooled, strict=True)):
+        accuracy = None
+        if config.scorer == "probe":
+            probe = fit_probe(
+                pooled,
+                unsafe,
+                seeds=seeds,
+                held_out=config.held_out,
+                strength=config.probe_strength,
+                groups=groups,
+            )
+            weights, accuracy = probe.weights, probe.held_out_accuracy
+        else:
+            weights = contrast(pooled, unsafe, groups)
+        z = z_scores(weights)
+        kept = np.flatnonzero((z > config.z_threshold) & (weights > 0))
+        scored.append(_Scored(site, z, kept.astype(np.int64), accuracy))
+        if progress:
+            progress("score neurons", done + 1, len(activations.sites))
+    return scored
+
+
+def _report_skipped(
+    scored: Sequence[_Scored], config: SelectionConfig, warn: Callable[[str], None] | None
+) -> None:
+    if all(entry.neurons.size == 0 for entry in scored):
+        best = max(scored, key=lambda entry: float(entry.z.max()))
+        raise SelectionError(
+            f"no neuron has a z-score over {config.z_threshold:g}; the largest found is "
+            f"{float(best.z.max()):.2f} at {best.site.name}: lower --z below it"
+        )
+    skipped = [entry for entry in scored if entry.neurons.size == 0]
+    if warn and skipped:
+        names = ", ".join(f"{e.site.name} (largest z {float(e.z.max()):.2f})" for e in skipped)
+        warn(f"{len(skipped)} sites have no neuron over z {config.z_threshold:g}, skipped: {names}")
+
+
+def _cluster(
+    model: nn.Module,
+    activations: Activations,
+    scored: Sequence[_Scored],
+    config: SelectionConfig,
+) -> tuple[tuple[SiteSelection, ...], list[float]]:
+    """Group the kept neurons, per site or per layer."""
+    profiles = {
+        entry.site.name: np.ascontiguousarray(pooled[:, entry.neurons].T)  # (N, B)
+        for entry, pooled in zip(scored, activations.pooled, strict=True)
+    }
+    rooms: dict[str, list[_Scored]] = {}
+    for entry in scored:
+        if entry.neurons.size:
+            room = (
+                entry.site.name
+                if config.cluster_scope == "projection"
+                else (f"layer {entry.site.layer}, width {site_width(model, entry.site)}")
+            )
+            rooms.setdefault(room, []).append(entry)
+    parts, silhouettes = [], []
+    for room, entries in rooms.items():
+        stacked = np.concatenate([profiles[entry.site.name] for entry in entries])
+        if config.cluster_scope == "projection":
+            found = cluster_neurons(
+                standardised(stacked), max_clusters=config.max_clusters, seed=config.seed
+            )
+        else:
+            limit = min(config.max_clusters or MAX_CLUSTERS_PER_LAYER, MAX_CLUSTERS_PER_LAYER)
+            found = cluster_neurons(stacked, max_clusters=limit, seed=config.seed)
+        if found.silhouette is not None:
+            silhouettes.append(found.silhouette)
+        first = 0
+        for entry in entries:
+            n = entry.neurons.size
+            parts.append(
+                SiteSelection(
+                    site=entry.site,
+                    neurons=torch.from_numpy(entry.neurons),
+                    scores=torch.from_numpy(entry.z[entry.neurons]).float(),
+                    clusters=torch.from_numpy(found.labels[first : first + n]),
+                    width=site_width(model, entry.site),
+                    group=room,
+                    n_clusters=found.n_clusters,
+                    profiles=_sampled(profiles[entry.site.name], config.max_profile_prompts),
+                )
+            )
+            first += n
+    parts.sort(key=lambda part: part.site)
+    return tuple(parts), silhouettes
+
+
+def _sampled(profiles: NDArray[np.float32], n_prompts: int) -> torch.Tensor:
+    """Evenly spaced prompts, so that both kinds are there in their proportion."""
+    n = profiles.shape[1]
+    columns = np.unique(np.linspace(0, n - 1, min(n, n_prompts)).astype(np.int64))
+    return torch.from_numpy(np.ascontiguousarray(profiles[:, columns]))
+
+
+def _mean_and_min(accuracies: Sequence[float]) -> dict[str, Any]:
+    if not accuracies:
+        return {"mean": None, "min": None}
+    return {"mean": float(np.mean(accuracies)), "min": float(np.min(accuracies))}

@@ -1,0 +1,69 @@
+"""Settings of the tuning stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nest.errors import InputError
+from nest.selection.config import UpdateForm
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How a cluster update is trained.
+
+    Attributes:
+        update: `shared`: every neuron of a cluster gets the same vector (the paper's form);
+            `loaded`: the vector times a learned scalar of its own.
+        epochs: Passes over the dialogues.
+        max_steps: Stop after this many optimizer steps; None leaves it to the epochs.
+        batch_size: Dialogues an optimizer step, harmful and benign in the data's proportion.
+        micro_batch_size: Dialogues a forward pass; gradients of a step's passes are summed.
+        learning_rate: Peak of the schedule.
+        warmup: Share of the steps in which the rate climbs linearly, in [0, 1).
+        weight_decay: Decoupled decay of the vectors.
+        clip: Largest norm of the gradient; 0 never clips.
+        benign_weight: Weight of the cross-entropy on benign answers, against 1 on refusals.
+        kl_weight: Weight of KL(base || tuned) on benign answers; 0 leaves it out, and with it one
+            forward pass of the base a step.
+        validation: Share of the dialogues held back, in (0, 1).
+        validate_every: Optimizer steps between validations; the best step is kept.
+        seed: Of split, order and loadings.
+    """
+
+    update: UpdateForm = "loaded"
+    epochs: float = 5.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int = 32
+    learning_rate: float = 1e-2
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    benign_weight: float = 1.0
+    kl_weight: float = 1.0
+    validation: float = 0.05
+    validate_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.update not in ("shared", "loaded"):
+            faults.append(f"update is {self.update!r}; choose shared or loaded")
+        for name in ("batch_size", "micro_batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            faults.append(f"max_steps is {self.max_steps}; it must be at least 1")
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                faults.append(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("weight_decay", "clip", "benign_weight", "kl_weight"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if not 0.0 <= self.warmup < 1.0:
+            faults.append(f"warmup is {self.warmup}; it must lie in [0, 1)")
+        if not 0.0 < self.validation < 1.0:
+            faults.append(f"validation is {self.validation}; it must lie between 0 and 1")
+        if faults:
+            raise InputError("tuning settings: " + "; ".join(faults))

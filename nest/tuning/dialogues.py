@@ -1,0 +1,111 @@
+"""What tuning learns from: dialogues as tokens, split, shuffled and put into batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from nest.errors import InputError
+from nest.models.chat import Batch, Encoder, check_completion_mask, collate
+from nest.prompts.prompt_set import PromptSet
+
+
+@dataclass(frozen=True)
+class Example:
+    """One dialogue in tokens.
+
+    Attributes:
+        ids: Token ids of prompt and response.
+        n_prompt: How many of them are the prompt's.
+        benign: Whether the prompt is to be answered, and not refused.
+    """
+
+    ids: tuple[int, ...]
+    n_prompt: int
+    benign: bool
+
+
+def encode_dialogues(encoder: Encoder, dialogues: PromptSet, *, benign: bool) -> list[Example]:
+    """Token ids of every dialogue of a set.
+
+    Raises:
+        InputError: prompts without responses, an empty response, or one longer than the context.
+    """
+    examples = []
+    for prompt, response in dialogues.dialogues():
+        ids, n_prompt = encoder.dialogue(prompt, response)
+        examples.append(Example(tuple(ids), n_prompt, benign))
+    return examples
+
+
+def split_validation(
+    harmful: Sequence[Example], benign: Sequence[Example], *, share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Hold back the same share of both kinds, at least one dialogue each.
+
+    Returns:
+        The training and the validation dialogues.
+
+    Raises:
+        InputError: fewer than two dialogues of a kind.
+    """
+    rng = random.Random(seed)
+    train: list[Example] = []
+    validation: list[Example] = []
+    for kind, examples in (("harmful", harmful), ("benign", benign)):
+        if len(examples) < 2:
+            raise InputError(
+                f"there are {len(examples)} {kind} dialogues; give at least 2 (some hundreds are better)"
+            )
+        shuffled = rng.sample(list(examples), len(examples))
+        n_held = max(1, round(share * len(shuffled)))
+        n_held = min(n_held, len(shuffled) - 1)
+        validation += shuffled[:n_held]
+        train += shuffled[n_held:]
+    return train, validation
+
+
+def epochs_of_batches(
+    examples: Sequence[Example], batch_size: int, *, seed: int
+) -> Iterator[list[Example]]:
+    """Batches without end: every epoch is a new order in which each example stands once.
+
+    Both kinds are dealt out evenly, so that every batch holds them in about the data's proportion. The
+    last batch of an epoch may be smaller.
+    """
+    rng = random.Random(seed)
+    while True:
+        placed = []
+        for kind in (True, False):
+            members = [example for example in examples if example.benign == kind]
+            rng.shuffle(members)
+            offset = rng.random()
+            placed += [((i + offset) / len(members), e) for i, e in enumerate(members)]
+        placed.sort(key=lambda item: item[0])
+        order = [example for _, example in placed]
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+
+def steps_per_epoch(n_examples: int, batch_size: int) -> int:
+    """Optimizer steps in which every example is seen once."""
+    return -(-n_examples // batch_size)
+
+
+def to_micro_batches(
+    examples: Sequence[Example], micro_batch_size: int, pad_id: int
+) -> list[tuple[Batch, list[bool]]]:
+    """Padded micro-batches of like lengths, each with the flags of its benign rows.
+
+    Raises:
+        InputError: a row that would learn from all of its tokens, or from none.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    batches = []
+    for start in range(0, len(ordered), micro_batch_size):
+        rows = ordered[start : start + micro_batch_size]
+        batch = collate([row.ids for row in rows], [row.n_prompt for row in rows], pad_id)
+        check_completion_mask(batch)
+        batches.append((batch, [row.benign for row in rows]))
+    return batches

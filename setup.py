@@ -1,0 +1,74 @@
+"""Metadata of the distribution `nest-safety`; the import name is `nest`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "nest" / "version.py").read_text(encoding="utf-8"), re.M
+).group(1)
+
+# The folder kernels/ is imported as nest_kernels: a package named `kernels` would shadow a library
+# that transformers imports.
+kernels = [
+    name.replace("kernels", "nest_kernels", 1) for name in find_packages(".", include=["kernels*"])
+]
+
+setup(
+    name="nest-safety",
+    version=VERSION,
+    description="Neuron-selective safety tuning of language models: find the neurons that carry "
+    "refusal, train one small shared update per cluster, ship it as an exact patch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(".", include=["nest", "nest.*"]), *kernels],
+    package_dir={"nest_kernels": "kernels"},
+    package_data={
+        "nest": ["py.typed"],
+        "nest.organism": ["data/*", "data/prompts/*"],
+        "nest.reporting": ["*.j2", "templates/*"],
+        "nest_kernels": ["py.typed"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0,<6",
+        "scikit-learn>=1.4",
+        "numpy>=1.26",
+        "datasets>=3.0",
+        "einops>=0.8",
+        "safetensors>=0.4.5",
+        "jaxtyping>=0.2.34",
+        "typer>=0.12",
+        "rich>=13.7",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.2; platform_system == 'Linux'"],
+        "baselines": ["peft>=0.14", "accelerate>=1.0"],
+        "eval": ["lm-eval>=0.4.5"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "beartype>=0.20",
+            "peft>=0.14",
+            "pre-commit>=4",
+        ],
+    },
+    entry_points={"console_scripts": ["nest = nest.cli.main:run"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
