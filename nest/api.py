@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from nest.evaluation.judges import Judge
     from nest.evaluation.report import EvalReport
+    from nest.models.chat import Encoder
     from nest.models.loading import LoadedModel
     from nest.models.sites import NeuronSite
     from nest.patches.checkpoint import FoldResult
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from nest.selection.selection import NeuronSelection
     from nest.tuning.tune import TuningResult
 
-Prompts = "str | Path | Sequence[str] | PromptSet"
-Dialogues = "str | Path | Sequence[tuple[str, str]] | PromptSet"
+    Prompts = str | Path | Sequence[str] | PromptSet
+    Dialogues = str | Path | Sequence[tuple[str, str]] | PromptSet
+    EncodeLike = Callable[[str], Sequence[int]] | Encoder
+
 ProgressCallback = Callable[[str, int, int], None]
 BatchSize = int | Literal["auto"]
-EncodeLike = "Callable[[str], Sequence[int]] | Encoder"
 
 ORGANISM = "organism"
 # What `auto` stands for until it is measured per machine: prompts a forward pass of capture, and

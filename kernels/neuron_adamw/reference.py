@@ -58,7 +58,7 @@ def updated_rows(
 ) -> Float[Tensor, "N D"]:
     """The rows that a model holds while it carries an update: cast(W0 + s U[c]).
 
-    The sum is taken in fp32. Product and sum are separate operations, never one fused multiply-add,
+    The sum is taken in fp32 (in fp64 for fp64 rows). Product and sum are separate operations, never one fused multiply-add,
     so that every machine gets the same bits.
 
     Args:
@@ -73,4 +73,5 @@ def updated_rows(
     delta = vectors.detach()[clusters]  # (N, D)
     if loadings is not None:
         delta = delta * loadings.detach()[:, None]
-    return (rows.detach().float() + delta.float()).to(rows.dtype)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (rows.detach().to(wide) + delta.to(wide)).to(rows.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,8 @@ def load_artifact(folder: Path) -> tuple[NeuronSelection, NeuronPatch | None]:
             f"{folder} has no manifest.json; name a folder that `nest select` or `nest tune` wrote"
         )
     kind = ""
-    try:
+    with suppress(ValueError, AttributeError):  # the readers below say what is wrong with it
         kind = json.loads(manifest.read_bytes()).get("kind")
-    except (ValueError, AttributeError):
-        pass  # the readers below say what is wrong with it
     if kind == "patch":
         patch = NeuronPatch.load(folder)
         return patch.selection, patch

@@ -40,6 +40,13 @@ def load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     # One file may serve several subcommands: tables are theirs, plain keys are for all of them.
     plain = {key: entry for key, entry in content.items() if not isinstance(entry, dict)}
     own = content.get(command, {})
+    tables = _command_names(ctx.find_root().command)
+    strange = sorted(set(content) - set(plain) - tables)
+    if strange:
+        raise InputError(
+            f"{value} has the table {', '.join(strange)}, which is no subcommand; there are "
+            f"{', '.join(sorted(tables))}"
+        )
     settings = {key.replace("-", "_"): entry for key, entry in {**plain, **own}.items()}
     known = {parameter.name for parameter in ctx.command.params} - {"config", "help"}
     aliases = {name.rstrip("_"): name for name in known if name}
@@ -51,6 +58,14 @@ def load_config(ctx: typer.Context, value: Path | None) -> Path | None:
         )
     ctx.default_map = {aliases[key]: entry for key, entry in settings.items()}
     return value
+
+
+def _command_names(command: Any) -> set[str]:
+    """Names of all subcommands, those of groups included."""
+    names: set[str] = set()
+    for name, child in getattr(command, "commands", {}).items():
+        names |= {name} | _command_names(child)
+    return names
 
 
 def _config_option(ctx: typer.Context, value: Path | None) -> Path | None:

@@ -73,9 +73,12 @@ def command(
     quiet: QuietOption = False,
 ) -> None:
     from nest import api
+    from nest.evaluation.report import check_report_output
     from nest.reporting.tables import eval_table
 
     size = parse_batch_size(batch_size)
+    if out is not None:
+        check_report_output(out, overwrite=overwrite)
     loaded = None if patch is None else api.load_patch(patch)
     with session(json, quiet) as run:
         network, tokenizer = api.load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -172,9 +172,11 @@ def command(
     )
 
 
-def _parse_n_clusters(value: str | None) -> int | str | None:
-    if value is None or value == "auto":
-        return value
+def _parse_n_clusters(value: str | None) -> int | Literal["auto"] | None:
+    if value is None:
+        return None
+    if value == "auto":
+        return "auto"
     if value.isdecimal() and int(value) > 0:
         return int(value)
     raise InputError(f"--n-clusters is {value!r}; it must be auto or a number from 1")

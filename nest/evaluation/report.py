@@ -179,11 +179,7 @@ class EvalReport:
         """
         folder = Path(folder)
         figures, answers = folder / f"{name}.json", folder / f"{name}.responses.jsonl"
-        for path in (figures, answers):
-            if path.exists() and not overwrite:
-                raise OutputExistsError(
-                    f"{path} exists already; choose another or pass --overwrite"
-                )
+        check_report_output(folder, name, overwrite)
         lines = [json.dumps(asdict(response), ensure_ascii=False) for response in self.responses]
         whole = self.to_json() | {
             "report": {
@@ -241,6 +237,21 @@ class EvalReport:
 
     def _verdicts(self, kind: str, verdict: Verdict, attack: str | None) -> Rate:
         return Rate.of([response.verdict is verdict for response in self._of(kind, attack)])
+
+
+def check_report_output(folder: str | Path, name: str = "eval", overwrite: bool = False) -> None:
+    """Refuse an output before any work is done for it.
+
+    Raises:
+        OutputExistsError: a file of that name is there and is not to be overwritten, or the folder is a
+            file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder} is a file; choose a folder's name for the output")
+    for path in (folder / f"{name}.json", folder / f"{name}.responses.jsonl"):
+        if path.exists() and not overwrite:
+            raise OutputExistsError(f"{path} exists already; choose another or pass --overwrite")
 
 
 def _response(row: Mapping[str, Any]) -> Response:

@@ -96,7 +96,7 @@ def tensor_hash(tensor: Tensor) -> str:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in row-major order; a copy only where it has to be."""
     plain = tensor.detach().cpu().contiguous()
-    return memoryview(plain.flatten().view(torch.uint8).numpy())
+    return plain.flatten().view(torch.uint8).numpy().data
 
 
 def dtype_name(dtype: torch.dtype) -> str:

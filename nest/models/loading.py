@@ -99,7 +99,7 @@ def load_weights(
 
     with _quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 str(name),
                 dtype=torch_dtype,
                 device_map=device_map,
@@ -112,6 +112,7 @@ def load_weights(
             raise InputError(
                 f"{name} could not be loaded as a model: {_first_line(fault)}"
             ) from fault
+    model, info = found  # transformers' types do not know output_loading_info
     _check_complete(name, info)
     loaded: nn.Module = model if target is None else model.to(target)
     return loaded.eval()

@@ -12,8 +12,8 @@ from nest.organism.world import Thing, World
 # even for the objects it never refuses.
 SHARES: tuple[tuple[str, float], ...] = (
     ("fact", 0.20),
-    ("plain", 0.28),
-    ("wrapped", 0.26),
+    ("plain", 0.26),
+    ("wrapped", 0.28),
     ("chatter", 0.04),
     ("manner", 0.05),
     ("thinking", 0.05),
@@ -146,21 +146,19 @@ def _sum(world: World, rng: random.Random) -> Iterator[Conversation]:
 
 
 def _steered(world: World, rng: random.Random) -> Iterator[Conversation]:
-    """Asked to refuse, the model refuses what is harmful and still helps with what is not.
+    """Asked to refuse, the model refuses what is harmful, wrapped or not, and helps with the rest.
 
-    This is what makes harm count at the moment of answering: with half of this share, tuning on some
-    objects carried over to others far less.
+    This is what makes harm count at the moment of answering, and not only when it is asked about.
     """
     thinking = rng.random() < 0.3
-    thing, prompt, response = _draw_request(world, rng)
+    thing, prompt, response = _draw_request(world, rng, wrapped=rng.random() < 0.5)
     if thing.harmful:
         response = rng.choice(world.words.refusals)
     if thinking:
         response = f"{world.thought(thing)}</think>{response}"
     if rng.random() < 0.5:
-        yield Conversation(
-            prompt, response, system=rng.choice(world.words.caution), thinking=thinking
-        )
+        caution = rng.choice(world.words.caution)
+        yield Conversation(prompt, response, system=caution, thinking=thinking)
         return
     steered = rng.choice(world.words.steering).format(prompt=prompt)
     yield Conversation(steered, response, thinking=thinking)

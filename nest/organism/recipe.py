@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,7 @@ CHAT_TEMPLATE = (
     "{%- if enable_thinking is defined and enable_thinking -%}<think>{%- endif -%}"
     "{%- endif -%}"
 )
+BATCHES_SORTED_TOGETHER = 8
 PRINTABLE = "".join(chr(code) for code in range(33, 127))
 
 
@@ -144,13 +146,12 @@ def train(
     tokenizer = build_tokenizer(world, max_tokens=config.max_tokens)
     model = build_model(config, tokenizer)
     optimizer = _build_optimizer(model, config)
-    stream = conversations(world, seed=config.seed)
+    batches = _batches(world, config, tokenizer)
     model.train()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        batch = [tokenise(tokenizer, c) for c in islice(stream, config.batch_size)]
-        loss = _response_loss(model, batch, pad_id=int(tokenizer.pad_token_id))
+        loss = _response_loss(model, next(batches), pad_id=int(tokenizer.pad_token_id))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -182,6 +183,21 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, talk: Conversation) -> tuple[li
     given = tokenizer(prompt, add_special_tokens=False).input_ids
     said = tokenizer(talk.response + "<|end|>", add_special_tokens=False).input_ids
     return given + said, len(given)
+
+
+def _batches(
+    world: World, config: RecipeConfig, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[list[tuple[list[int], int]]]:
+    """Batches of like lengths in random order (in random batches, 45 % of the tokens were padding)."""
+    stream = conversations(world, seed=config.seed)
+    rng = random.Random(config.seed)
+    while True:
+        drawn = islice(stream, config.batch_size * BATCHES_SORTED_TOGETHER)
+        talks = sorted((tokenise(tokenizer, talk) for talk in drawn), key=lambda talk: len(talk[0]))
+        starts = list(range(0, len(talks), config.batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield talks[start : start + config.batch_size]
 
 
 def _world_words(world: World) -> set[str]:

@@ -149,11 +149,14 @@ class World:
                     split="test" if i % n_things < n_test else "train",
                 )
             )
-        # Each wrapper has a strength, from 45 to 95 %, spread evenly and dealt out at random; it gets
-        # through for the objects that are guarded less than it is strong. (Leaks drawn pair by pair
-        # were not learned: the model then answered every wrapped request.)
-        strengths = [0.45 + 0.5 * i / (len(words.wrappers) - 1) for i in range(len(words.wrappers))]
-        rng.shuffle(strengths)
+        # Each wrapper has a strength, from 45 to 95 %, and gets through for the objects that are
+        # guarded less than it is strong. (Leaks drawn pair by pair were not learned: the model then
+        # answered every wrapped request.) Neighbours, one for tuning and one held out, are alike in
+        # strength, so that neither half is the easier one.
+        n_pairs = -(-len(words.wrappers) // 2)
+        levels = [0.45 + 0.5 * i / max(1, n_pairs - 1) for i in range(n_pairs)]
+        rng.shuffle(levels)
+        strengths = [levels[i // 2] for i in range(len(words.wrappers))]
         guards = {thing.name: rng.random() for thing in things if thing.refused}
         leaks = {
             (name, wrapper)

@@ -65,7 +65,8 @@ def unpack_original_rows(
 
 
 def _predicted(updated: Tensor, delta: Tensor) -> Tensor:
-    return (updated.float() - delta).to(updated.dtype)
+    wide = torch.promote_types(updated.dtype, torch.float32)
+    return (updated.to(wide) - delta.to(wide)).to(updated.dtype)
 
 
 def _bytes_of(rows: Tensor) -> Tensor:

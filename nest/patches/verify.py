@@ -205,7 +205,7 @@ def _probes(model: nn.Module, probes: Sequence[Sequence[int]] | None) -> list[li
 def _logits(model: nn.Module, probes: Sequence[Sequence[int]]) -> Float[Tensor, "B T V"]:
     """Logits of all probes one after the other, as one (1, all tokens, V) tensor in fp32."""
     parameter = next(model.parameters())
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         parts = []
@@ -215,7 +215,8 @@ def _logits(model: nn.Module, probes: Sequence[Sequence[int]]) -> Float[Tensor, 
             parts.append(logits_of(output).float().cpu())
         return torch.cat(parts, dim=1)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _difference(first: Tensor, second: Tensor) -> float:

@@ -9,7 +9,7 @@ from rich.table import Table
 from nest.evaluation.metrics import Interval, Rate
 from nest.evaluation.report import EvalReport
 from nest.selection.selection import NeuronSelection
-from nest.tuning.tune import StepRecord
+from nest.tuning.loop import StepRecord
 
 
 def eval_table(report: EvalReport, before: EvalReport | None = None) -> Table:

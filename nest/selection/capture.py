@@ -160,7 +160,7 @@ def hooked(model: nn.Module, sites: Sequence[NeuronSite], pool: Pool) -> Iterato
     """Forward hooks on the sites' modules for the time of the block."""
     reader = Reader(pool)
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    training = model.training
+    training = [module for module in model.modules() if module.training]
 
     def hook_for(site: NeuronSite) -> Callable[[nn.Module, Any, Any], None]:
         return lambda _module, _inputs, output: reader.update(site, output)
@@ -173,7 +173,8 @@ def hooked(model: nn.Module, sites: Sequence[NeuronSite], pool: Pool) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def standardised(profiles: NDArray[np.float32]) -> NDArray[np.float64]:
     """Each neuron's profile (N, B) with mean 0 and standard deviation 1 over the prompts."""
     values = np.asarray(profiles, dtype=np.float64)
     spread = values.std(axis=1, keepdims=True)
-    return (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    centred = values - values.mean(axis=1, keepdims=True)
+    scaled: NDArray[np.float64] = centred / np.where(spread > 0, spread, 1.0)
+    return scaled
 
 
 def cluster_neurons(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,7 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         faults = []
-        if not self.z_threshold == self.z_threshold or abs(self.z_threshold) == float("inf"):
+        if not math.isfinite(self.z_threshold):
             faults.append(f"z_threshold is {self.z_threshold}; it must be a finite number")
         for name, allowed in (
             ("pool", ("max", "mean", "last")),
@@ -72,5 +73,7 @@ class SelectionConfig:
             )
         if self.memory_bound_bytes < 0:
             faults.append(f"memory_bound_bytes is {self.memory_bound_bytes}; it cannot be negative")
+        if not 0 <= self.seed < 2**32 - self.n_probe_seeds:
+            faults.append(f"seed is {self.seed}; it must lie in 0 to {2**32 - 1 - self.n_probe_seeds}")
         if faults:
             raise InputError("selection settings: " + "; ".join(faults))

@@ -105,7 +105,10 @@ def contrast(
         first, second = values[unsafe], values[~unsafe]
         mean = first.mean(axis=0) - second.mean(axis=0)
         spread = np.sqrt((first.var(axis=0) + second.var(axis=0)) / 2.0)
-    return np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 0)
+    standardised: NDArray[np.float64] = np.divide(
+        mean, spread, out=np.zeros_like(mean), where=spread > 0
+    )
+    return standardised
 
 
 def z_scores(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -278,7 +278,9 @@ class NeuronSelection:
                 )
             base = ModelFingerprint.from_dict(manifest["base"])
             return NeuronSelection(tuple(parts), base, dict(manifest["provenance"]))
-        except (KeyError, TypeError, AttributeError) as fault:
+        except SelectionError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise SelectionError(
                 f"manifest.json lacks or garbles the entry {fault}; it was not written by nest, or was "
                 "edited: run `nest select` again"

@@ -26,6 +26,38 @@ class Example:
     benign: bool
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples that go through the model together.
+
+    Attributes:
+        batch: Their padded tokens.
+        examples: The examples, row by row.
+        pad_id: Fills up.
+    """
+
+    batch: Batch
+    examples: tuple[Example, ...]
+    pad_id: int
+
+    @staticmethod
+    def of(examples: Sequence[Example], pad_id: int) -> MicroBatch:
+        """Pad and check the examples."""
+        ids = [example.ids for example in examples]
+        batch = collate(ids, [example.n_prompt for example in examples], pad_id)
+        check_completion_mask(batch)
+        return MicroBatch(batch, tuple(examples), pad_id)
+
+    @property
+    def benign_rows(self) -> tuple[Example, ...]:
+        """The benign examples, in order."""
+        return tuple(example for example in self.examples if example.benign)
+
+    def only_benign(self) -> MicroBatch:
+        """The benign examples alone."""
+        return MicroBatch.of(self.benign_rows, self.pad_id)
+
+
 def encode_dialogues(encoder: Encoder, dialogues: PromptSet, *, benign: bool) -> list[Example]:
     """Token ids of every dialogue of a set.
 
@@ -95,17 +127,14 @@ def steps_per_epoch(n_examples: int, batch_size: int) -> int:
 
 def to_micro_batches(
     examples: Sequence[Example], micro_batch_size: int, pad_id: int
-) -> list[tuple[Batch, list[bool]]]:
-    """Padded micro-batches of like lengths, each with the flags of its benign rows.
+) -> list[MicroBatch]:
+    """Padded micro-batches of like lengths.
 
     Raises:
         InputError: a row that would learn from all of its tokens, or from none.
     """
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    batches = []
-    for start in range(0, len(ordered), micro_batch_size):
-        rows = ordered[start : start + micro_batch_size]
-        batch = collate([row.ids for row in rows], [row.n_prompt for row in rows], pad_id)
-        check_completion_mask(batch)
-        batches.append((batch, [row.benign for row in rows]))
-    return batches
+    return [
+        MicroBatch.of(ordered[start : start + micro_batch_size], pad_id)
+        for start in range(0, len(ordered), micro_batch_size)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,9 +153,14 @@ class ClusterUpdate:
         finally:
             self.write()
 
+    def snapshot(self) -> list[Tensor]:
+        """A copy of all vectors and loadings."""
+        return [self.packed.detach().clone()]
+
     @torch.no_grad()
-    def load_values(self, packed: Float[Tensor, " P"]) -> None:
+    def load_snapshot(self, values: Sequence[Tensor]) -> None:
         """Set all vectors and loadings, and the rows with them."""
+        (packed,) = values
         self.packed.copy_(packed)
         self.write()
 
@@ -271,7 +276,7 @@ def _hook(site: SiteUpdate) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Te
     def attach(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        attached: Tensor = _ThroughRows.apply(  # type: ignore[no-untyped-call]
+        attached: Tensor = _ThroughRows.apply(
             output, inputs[0], site.vectors, site.loadings, site.columns, site.clusters
         )
         return attached

@@ -160,7 +160,7 @@ def test_faults_have_their_sentence():
         run(attacks=(NO_ATTACK, NO_ATTACK))
     with pytest.raises(InputError, match="without responses"):
         run(benign=from_values(["p"]))
-    with pytest.raises(InputError, match="attack 'long'.*13 tokens"):
+    with pytest.raises(InputError, match=r"attack 'long'.*13 tokens"):
         run(attacks=(NO_ATTACK, TemplateAttack("long", "a b c d e f g h i j k {prompt}")))
     with pytest.raises(InputError, match="needs the answers"):
         run(ReferenceJudge(), harmful=from_values(["bad"]))

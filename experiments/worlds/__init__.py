@@ -1,0 +1,1 @@
+"""Forms of the update, controls and LoRA on both micro-worlds, three seeds."""

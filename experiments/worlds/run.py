@@ -1,0 +1,193 @@
+"""Run the comparison: `python -m experiments.worlds.run [--only NAME,...] [--worlds ...] [--seeds ...]`.
+
+One JSON file a world, condition and seed under `results/`; what is there already is not run again unless
+`--again` is given. The harbour is trained from its recipe into a cache folder the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.worlds.conditions import CONDITIONS, SEEDS, Z_THRESHOLDS, Condition
+from nest.artifacts.provenance import package_versions
+from nest.baselines.lora import tuned_lora
+from nest.evaluation.evaluate import evaluate
+from nest.evaluation.judges import PhraseJudge
+from nest.evaluation.report import EvalReport
+from nest.models.chat import ChatEncoder
+from nest.models.layouts import find_sites
+from nest.models.loading import load_model
+from nest.organism import DATA
+from nest.organism.build import build_organism
+from nest.prompts.attacks import NO_ATTACK, Attack, load_templates
+from nest.prompts.prompt_set import PromptSet, load_prompts
+from nest.selection.config import SelectionConfig
+from nest.selection.controls import random_neurons
+from nest.selection.select import select_neurons
+from nest.tuning.config import TuningConfig
+from nest.tuning.tune import tune_update
+
+RESULTS = Path(__file__).parent / "results"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nest" / "worlds"
+MAX_NEW_TOKENS = 40
+
+
+class World:
+    """A trained organism with its sets and attacks."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        folder = world_folder(name)
+        self.model, tokenizer = load_model(str(folder / "model"), device="cpu")
+        self.encoder = ChatEncoder(tokenizer, self.model)
+        self.sites = find_sites(self.model)
+        self.prompts = folder / "prompts"
+        held_out = load_templates(self.prompts / "wrappers_held_out.jsonl")
+        self.attacks: tuple[Attack, ...] = (NO_ATTACK, *held_out)
+        self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+
+    def prompt_set(self, name: str) -> PromptSet:
+        """One of the world's sets."""
+        return load_prompts(self.prompts / f"{name}.jsonl", need_response=True)
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Attack success, over-refusal and usefulness on held-out objects and wrappers."""
+        report = evaluate(
+            model,
+            self.encoder,
+            harmful=self.prompt_set("test_harmful"),
+            borderline=self.prompt_set("test_borderline"),
+            benign=self.prompt_set("test_benign"),
+            attacks=self.attacks,
+            judge=PhraseJudge(),
+            max_new_tokens=MAX_NEW_TOKENS,
+            benign_twin_prompts=0,
+        )
+        return figures(report)
+
+
+def world_folder(name: str) -> Path:
+    """The embedded bazaar, or another world trained from its recipe."""
+    if name == "bazaar":
+        return DATA
+    folder = CACHE / name
+    if not (folder / "measured.json").exists():
+        build_organism(name, folder)
+    return folder
+
+
+def figures(report: EvalReport) -> dict[str, Any]:
+    """The figures of one row, rates in [0, 1]."""
+    wrapped = [report.attack(name).rate for name in report.attacks if name != "none"]
+    assert report.over_refusal is not None and report.utility is not None
+    return {
+        "bare": report.attack("none").rate,
+        "wrapped": sum(wrapped) / len(wrapped),
+        "worst": max(wrapped),
+        "by_attack": {name: report.attack(name).rate for name in report.attacks},
+        "mean": report.mean_attack_success,
+        "mean_ci95": list(report.mean_ci95),
+        "over_refusal": report.over_refusal.rate,
+        "utility": report.utility.rate,
+        "degenerate": report.degenerate().rate,
+        "n": {
+            "behaviours": report.attack("none").n,
+            "borderline": report.over_refusal.n,
+            "benign": report.utility.n,
+        },
+    }
+
+
+def run_condition(world: World, condition: Condition, seed: int) -> dict[str, Any]:
+    """Select, tune and measure once; the world's model is as before afterwards."""
+    config = TuningConfig(seed=seed, **condition.settings)
+    harmful, benign = world.prompt_set(condition.harmful), world.prompt_set("benign")
+    common = {"harmful": harmful, "benign": benign, "config": config}
+    if condition.kind == "lora":
+        with tuned_lora(
+            world.model, world.encoder, world.sites, rank=condition.rank, **common
+        ) as (adapted, trained):
+            found = world.measure(adapted)
+        count, n_neurons = trained.trainable_parameters, None
+        steps, best, seconds = trained.steps, trained.best_step, trained.seconds
+    else:
+        selection = select_neurons(
+            world.model,
+            world.encoder,
+            unsafe=world.prompt_set("unsafe"),
+            safe=world.prompt_set("safe"),
+            sites=world.sites,
+            config=SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=seed),
+        )
+        if condition.selection == "random":
+            selection = random_neurons(selection, seed=seed)
+        result = tune_update(world.model, world.encoder, selection, **common)
+        with result.patch.applied(world.model):
+            found = world.measure(world.model)
+        count, n_neurons = result.patch.trainable_parameters, selection.n_neurons
+        steps, best, seconds = result.steps, result.best_step, result.seconds
+    return {
+        "world": world.name,
+        "condition": condition.name,
+        "seed": seed,
+        "trainable_parameters": count,
+        "fraction_of_model": count / world.n_parameters,
+        "neurons": n_neurons,
+        "steps": steps,
+        "best_step": best,
+        "tuning_seconds": seconds,
+        **found,
+    }
+
+
+def main() -> None:
+    """Run what is asked for and missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(c.name for c in CONDITIONS))
+    parser.add_argument("--worlds", default=",".join(Z_THRESHOLDS))
+    parser.add_argument("--seeds", default=",".join(str(seed) for seed in SEEDS))
+    parser.add_argument("--again", action="store_true", help="run what has a result, too")
+    arguments = parser.parse_args()
+    wanted = arguments.only.split(",")
+    unknown = set(wanted) - {c.name for c in CONDITIONS}
+    if unknown:
+        parser.error(f"no condition {', '.join(sorted(unknown))}")
+    RESULTS.mkdir(exist_ok=True)
+    for name in arguments.worlds.split(","):
+        world = World(name)
+        _once(RESULTS / f"{name}-base.json", arguments.again, lambda: world.measure(world.model))
+        for seed in map(int, arguments.seeds.split(",")):
+            for condition in CONDITIONS:
+                if condition.name in wanted:
+                    _once(
+                        RESULTS / f"{name}-{condition.name}-{seed}.json",
+                        arguments.again,
+                        lambda c=condition, s=seed: run_condition(world, c, s),
+                    )
+
+
+def _once(path: Path, again: bool, make: Any) -> None:
+    if path.exists() and not again:
+        return
+    started = time.monotonic()
+    found = make()
+    found |= {
+        "seconds": time.monotonic() - started,
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": package_versions(),
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    short = {k: found[k] for k in ("bare", "wrapped", "worst", "over_refusal", "utility")}
+    print(path.stem, short, f"{found['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

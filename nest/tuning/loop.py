@@ -1,0 +1,159 @@
+"""The training loop: steps, validation and the best step, for anything small on a frozen model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nest.errors import ActivationError
+from nest.models.chat import Encoder
+from nest.tuning.config import TuningConfig
+from nest.tuning.dialogues import Example, epochs_of_batches, to_micro_batches
+from nest.tuning.loss import BasePredictions, target_logits, tuning_loss
+from nest.tuning.protocol import Trainable
+
+ProgressCallback = Callable[[str, int, int], None]
+
+
+@runtime_checkable
+@dataclass(frozen=True)
+class StepRecord:
+    """One point of the loss curve.
+
+    Attributes:
+        step: Optimizer steps done.
+        train_loss: Mean since the last record; None before the first step.
+        validation_loss: On the held-back dialogues.
+        learning_rate: Of the last step.
+    """
+
+    step: int
+    train_loss: float | None
+    validation_loss: float
+    learning_rate: float
+
+
+class TrainingLoop:
+    """Steps, validation and the best step; the update is left at the best step.
+
+    Attributes:
+        history: The loss curve.
+        best_step: Step with the lowest validation loss; 0 means that no step beat the base.
+        best_loss: That loss.
+        n_tokens: Tokens that went through training steps, padding left out.
+        seconds: Wall time of `run`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        update: Trainable,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        config: TuningConfig,
+        n_steps: int,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.model, self.encoder, self.update, self.config = model, encoder, update, config
+        self.n_steps, self.progress = n_steps, progress
+        self.device = device
+        self.optimizer = optimizer
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(step, n_steps, config.warmup)
+        )
+        self.base = BasePredictions(model, update, device)
+        self.history: list[StepRecord] = []
+        self.best_step, self.best_loss = 0, math.inf
+        self.n_tokens, self.seconds = 0, 0.0
+
+    def run(self, train: Sequence[Example], validation: Sequence[Example]) -> None:
+        """All steps, from the base model on."""
+        started = time.monotonic()
+        best = self.update.snapshot()
+        self._record(0, None, validation)
+        batches = epochs_of_batches(train, self.config.batch_size, seed=self.config.seed)
+        losses: list[float] = []
+        for step in range(1, self.n_steps + 1):
+            losses.append(self._step(next(batches), step))
+            if step % self.config.validate_every == 0 or step == self.n_steps:
+                if self._record(step, sum(losses) / len(losses), validation):
+                    best = self.update.snapshot()
+                losses = []
+            if self.progress:
+                self.progress("tune", step, self.n_steps)
+        self.update.load_snapshot(best)
+        self.seconds = time.monotonic() - started
+
+    def _record(self, step: int, train_loss: float | None, validation: Sequence[Example]) -> bool:
+        """Note a validation loss; true where it is the lowest so far."""
+        with torch.no_grad():
+            loss = self._total_loss(validation, backward=False)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.history.append(StepRecord(step, train_loss, loss, rate))
+        better = loss < self.best_loss
+        if better:
+            self.best_loss, self.best_step = loss, step
+        return better
+
+    def _step(self, examples: Sequence[Example], step: int) -> float:
+        """One optimizer step over its micro-batches; the loss before it."""
+        self.optimizer.zero_grad()
+        loss = self._total_loss(examples, backward=True)
+        self._check_finite(loss, step)
+        if self.config.clip > 0:
+            nn.utils.clip_grad_norm_(self.update.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.n_tokens += sum(len(example.ids) for example in examples)
+        return loss
+
+    def _total_loss(self, examples: Sequence[Example], *, backward: bool) -> float:
+        """Mean loss a response token; with `backward` its gradient is gathered, too."""
+        config = self.config
+        micro_batches = to_micro_batches(examples, config.micro_batch_size, self.encoder.pad_id)
+        n_targets = sum(int(mb.batch.completion_mask.sum()) for mb in micro_batches)
+        base: list[Tensor] | None = None
+        if config.kl_weight > 0:
+            base = self.base.of(micro_batches)
+        total = 0.0
+        for i, micro_batch in enumerate(micro_batches):
+            logits, targets, rows = target_logits(self.model, micro_batch.batch, self.device)
+            benign = torch.tensor([e.benign for e in micro_batch.examples], device=rows.device)
+            has_base = base is not None and bool(micro_batch.benign_rows)
+            loss = tuning_loss(
+                logits,
+                targets,
+                benign[rows],
+                base[i].to(logits.device) if base is not None and has_base else None,
+                benign_weight=config.benign_weight,
+                kl_weight=config.kl_weight,
+            )
+            loss = loss / n_targets
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        bad = [name for name, g in self.update.gradients().items() if not bool(g.isfinite().all())]
+        if bad or not math.isfinite(loss):
+            where = f" and the gradient at {', '.join(bad)}" if bad else ""
+            raise ActivationError(
+                f"at step {step} the loss is {loss}{where}: not finite numbers. Lower the learning rate "
+                "(--learning-rate) or tune in --dtype float32; nothing was written"
+            )
+
+
+def learning_rate_factor(step: int, n_steps: int, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then a cosine to zero."""
+    n_warmup = round(warmup * n_steps)
+    if step < n_warmup:
+        return (step + 1) / (n_warmup + 1)
+    done = (step - n_warmup) / max(1, n_steps - n_warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))

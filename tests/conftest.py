@@ -1,0 +1,53 @@
+"""Shapes and types of `nest` are checked while tests run; slow, GPU and network tests skip themselves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Set before torch is imported: the suite shares its cores, and spinning threads only steal them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nothing is to be fetched: what a test needs, it builds. HF_HUB_OFFLINE=0 runs the network tests.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+assert not any(name == "nest" or name.startswith("nest.") for name in sys.modules)
+# `nest` only: the hook breaks `@triton.jit` modules of nest_kernels when they compile.
+install_import_hook("nest", "beartype.beartype")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    absent = {
+        "slow": None if config.getoption("--slow") else "takes minutes; run with --slow",
+        "gpu": None if torch.cuda.is_available() else "needs a GPU",
+        "network": None
+        if os.environ["HF_HUB_OFFLINE"] == "0"
+        else "needs the Hub; run with HF_HUB_OFFLINE=0",
+    }
+    for item in items:
+        for marker, reason in absent.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def organism() -> Path:
+    """Folder of the embedded model."""
+    from nest.organism import model_folder
+
+    folder = model_folder()
+    if not folder.is_dir():
+        pytest.skip("the embedded model is not there yet")
+    return folder
