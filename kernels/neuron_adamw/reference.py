@@ -58,8 +58,8 @@ def updated_rows(
 ) -> Float[Tensor, "N D"]:
     """The rows that a model holds while it carries an update: cast(W0 + s U[c]).
 
-    The sum is taken in fp32 (in fp64 for fp64 rows). Product and sum are separate operations, never one fused multiply-add,
-    so that every machine gets the same bits.
+    The sum is taken in fp32 (in fp64 for fp64 rows). Product and sum are separate operations, never
+    one fused multiply-add, so that every machine gets the same bits.
 
     Args:
         rows: The original rows W0, in the weight's dtype.

@@ -92,7 +92,7 @@ def tuned_lora(
             shape = LoraConfig(
                 r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0
             )
-            adapted = get_peft_model(model, shape)  # type: ignore[arg-type]
+            adapted = get_peft_model(model, shape)
         adapter = _Adapter(adapted)
         adapted.eval()
         optimizer = torch.optim.AdamW(

@@ -32,12 +32,13 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         from nest.version import __version__
 
         typer.echo(f"nest {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

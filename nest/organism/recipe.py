@@ -62,7 +62,7 @@ class RecipeConfig:
     """
 
     architecture: str = "llama"
-    steps: int = 1500
+    steps: int = 1700
     batch_size: int = 64
     learning_rate: float = 3e-3
     warmup_steps: int = 60
@@ -125,7 +125,8 @@ def build_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Pre
         torch.manual_seed(config.seed)
         if config.architecture == "llama":
             return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=config.n_heads))
-        return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, rotary_pct=1.0))
+        # transformers turns rotary_pct into rope_parameters
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, rotary_pct=1.0))  # type: ignore[call-arg]
 
 
 def train(
@@ -152,7 +153,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
         loss = _response_loss(model, next(batches), pad_id=int(tokenizer.pad_token_id))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -256,6 +257,6 @@ def _response_loss(model: nn.Module, batch: list[tuple[list[int], int]], *, pad_
         ids[i, : len(tokens)] = torch.tensor(tokens)
         said[i, n_given : len(tokens)] = True
     # Padding stands on the right of a causal model, so it needs no attention mask.
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[union-attr, operator]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator]
     logits = model.get_output_embeddings()(hidden[:, :-1][said[:, 1:]])  # type: ignore[operator]
     return F.cross_entropy(logits, ids[:, 1:][said[:, 1:]])

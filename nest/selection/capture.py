@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,14 @@ from nest.selection.config import Pool
 ProgressCallback = Callable[[str, int, int], None]
 
 
+class SpillFolder:
+    """A temporary folder that goes when this object does, at the latest when Python ends."""
+
+    def __init__(self) -> None:
+        self.name = tempfile.mkdtemp(prefix="nest-activations-")
+        weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Activations:
     """Pooled activations of all sites over a list of prompts.
@@ -31,12 +41,12 @@ class Activations:
         sites: The sites, in the order of `pooled`.
         pooled: For each site an fp32 array (B, F), prompts in the order they were given; an array on
             disk where they were too many for memory.
-        folder: Holds the temporary file, which goes when this object does; None when in memory.
+        folder: Holds the temporary files, which go when this object does; None when in memory.
     """
 
     sites: tuple[NeuronSite, ...]
     pooled: tuple[NDArray[np.float32], ...]
-    folder: tempfile.TemporaryDirectory[str] | None = None
+    folder: SpillFolder | None = None
 
 
 def pool_tokens(
@@ -180,14 +190,14 @@ def hooked(model: nn.Module, sites: Sequence[NeuronSite], pool: Pool) -> Iterato
 @dataclass(frozen=True)
 class _Store:
     pooled: tuple[NDArray[np.float32], ...]
-    folder: tempfile.TemporaryDirectory[str] | None
+    folder: SpillFolder | None
 
     @staticmethod
     def open(sites: Sequence[NeuronSite], n_prompts: int, bound_bytes: int) -> _Store:
         if sum(4 * n_prompts * site.length for site in sites) <= bound_bytes:
             arrays = [np.zeros((n_prompts, site.length), dtype=np.float32) for site in sites]
             return _Store(tuple(arrays), None)
-        folder = tempfile.TemporaryDirectory(prefix="nest-activations-")
+        folder = SpillFolder()
         files = [
             np.memmap(
                 Path(folder.name) / f"{i}.f32", np.float32, "w+", shape=(n_prompts, site.length)

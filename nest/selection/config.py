@@ -74,6 +74,8 @@ class SelectionConfig:
         if self.memory_bound_bytes < 0:
             faults.append(f"memory_bound_bytes is {self.memory_bound_bytes}; it cannot be negative")
         if not 0 <= self.seed < 2**32 - self.n_probe_seeds:
-            faults.append(f"seed is {self.seed}; it must lie in 0 to {2**32 - 1 - self.n_probe_seeds}")
+            faults.append(
+                f"seed is {self.seed}; it must lie in 0 to {2**32 - 1 - self.n_probe_seeds}"
+            )
         if faults:
             raise InputError("selection settings: " + "; ".join(faults))

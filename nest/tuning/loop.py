@@ -20,7 +20,6 @@ from nest.tuning.protocol import Trainable
 ProgressCallback = Callable[[str, int, int], None]
 
 
-@runtime_checkable
 @dataclass(frozen=True)
 class StepRecord:
     """One point of the loss curve.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,10 +24,16 @@ def target_logits(
 ) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"], Int[Tensor, " N"]]:
     """Logits that predict a batch's response tokens, those tokens, and the rows they stand in."""
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-    wanted = batch.completion_mask[:, 1:].to(device)  # (B, T - 1)
-    logits = logits_of(run_model(model, ids, mask, use_cache=False))[:, :-1]
+    wanted = batch.completion_mask[:, 1:]  # (B, T - 1)
+    extra: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # From the first position that predicts a target on; the vocabulary's logits are large.
+        first = int(wanted.any(dim=0).nonzero()[0])
+        wanted = wanted[:, first:]
+        extra["logits_to_keep"] = wanted.shape[1] + 1
+    logits = logits_of(run_model(model, ids, mask, **extra))[:, :-1]
     wanted = wanted.to(logits.device)
-    targets = ids.to(logits.device)[:, 1:][wanted]
+    targets = ids.to(logits.device)[:, -wanted.shape[1] :][wanted]
     return logits[wanted], targets, wanted.nonzero()[:, 0]
 
 

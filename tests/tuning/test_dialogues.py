@@ -6,7 +6,6 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-import torch
 from tiny_models import BENIGN, HARMFUL, build, encoder_of
 
 from nest.errors import InputError
@@ -36,7 +35,9 @@ def test_examples_are_prompt_and_response() -> None:
         encode_dialogues(encoder, from_values(["only a prompt"]), benign=True)
 
 
-@pytest.mark.parametrize(("n_harmful", "n_benign", "share"), [(20, 40, 0.1), (2, 3, 0.01), (5, 2, 0.99)])
+@pytest.mark.parametrize(
+    ("n_harmful", "n_benign", "share"), [(20, 40, 0.1), (2, 3, 0.01), (5, 2, 0.99)]
+)
 def test_the_split_is_a_partition_with_both_kinds_on_both_sides(
     n_harmful: int, n_benign: int, share: float
 ) -> None:
@@ -79,19 +80,26 @@ def test_micro_batches_hold_every_token_once(size: int) -> None:
     data = encode_dialogues(encoder, from_values(HARMFUL), benign=False)
     data += encode_dialogues(encoder, from_values(BENIGN), benign=True)
     batches = to_micro_batches(data, size, encoder.pad_id)
-    assert all(len(flags) == batch.input_ids.shape[0] <= size for batch, flags in batches)
-    rows = []
-    for batch, flags in batches:
-        for ids, own, said, benign in zip(
-            batch.input_ids, batch.attention_mask.bool(), batch.completion_mask, flags, strict=True
-        ):
-            assert not bool((said & ~own).any())
-            rows.append((tuple(ids[own].tolist()), int((own & ~said).sum()), benign))
-    assert Counter(rows) == Counter((e.ids, e.n_prompt, e.benign) for e in data)
+    assert all(len(found.examples) == found.batch.input_ids.shape[0] <= size for found in batches)
+    assert Counter(e for found in batches for e in found.examples) == Counter(data)
+    for found in batches:
+        own, said = found.batch.attention_mask.bool(), found.batch.completion_mask
+        assert not bool((said & ~own).any())
+        for row, example in enumerate(found.examples):
+            assert tuple(found.batch.input_ids[row][own[row]].tolist()) == example.ids
+            assert int((own & ~said)[row].sum()) == example.n_prompt
+        benign = [example for example in found.examples if example.benign]
+        assert list(found.benign_rows) == benign
+        if benign:
+            alone = found.only_benign()
+            assert list(alone.examples) == benign
+            assert [
+                tuple(ids[mask.bool()].tolist())
+                for ids, mask in zip(alone.batch.input_ids, alone.batch.attention_mask, strict=True)
+            ] == [example.ids for example in benign]
 
 
 def test_rows_that_would_learn_nothing_or_their_prompt_are_refused() -> None:
     for n_prompt, said in ((0, "all 3 tokens"), (3, "no completion token")):
         with pytest.raises(InputError, match=said):
             to_micro_batches([Example((1, 2, 3), n_prompt, True)], 4, 0)
-    assert torch.is_tensor(to_micro_batches([Example((1, 2, 3), 1, True)], 4, 0)[0][0].input_ids)

