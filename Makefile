@@ -16,7 +16,7 @@ test: $(VENV)/dev.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	MYPYPATH=.:$(VENV)/types $(BIN)/mypy -p nest -p nest_kernels
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m experiments.benchmarks.run
@@ -48,4 +48,6 @@ $(VENV)/run.stamp: $(VENV)/torch.stamp setup.py
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp setup.py
 	$(PIP) -e ".[dev]"
+	# mypy does not follow setup.py's package_dir: it finds nest_kernels by this link.
+	mkdir -p $(VENV)/types && ln -sfn ../../kernels $(VENV)/types/nest_kernels
 	touch $@

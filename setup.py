@@ -30,7 +30,7 @@ setup(
     package_dir={"nest_kernels": "kernels"},
     package_data={
         "nest": ["py.typed"],
-        "nest.organism": ["data/*", "data/prompts/*"],
+        "nest.organism": ["data/*", "data/prompts/*", "data/model/*"],
         "nest.reporting": ["*.j2", "templates/*"],
         "nest_kernels": ["py.typed"],
     },

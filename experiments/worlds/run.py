@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,10 @@ def run_condition(world: World, condition: Condition, seed: int) -> dict[str, An
     harmful, benign = world.prompt_set(condition.harmful), world.prompt_set("benign")
     common = {"harmful": harmful, "benign": benign, "config": config}
     if condition.kind == "lora":
-        with tuned_lora(
-            world.model, world.encoder, world.sites, rank=condition.rank, **common
-        ) as (adapted, trained):
+        with tuned_lora(world.model, world.encoder, world.sites, rank=condition.rank, **common) as (
+            adapted,
+            trained,
+        ):
             found = world.measure(adapted)
         count, n_neurons = trained.trainable_parameters, None
         steps, best, seconds = trained.steps, trained.best_step, trained.seconds
@@ -163,15 +165,12 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for name in arguments.worlds.split(","):
         world = World(name)
-        _once(RESULTS / f"{name}-base.json", arguments.again, lambda: world.measure(world.model))
+        base = RESULTS / f"{name}-base.json"
+        _once(base, arguments.again, partial(world.measure, world.model))
         for seed in map(int, arguments.seeds.split(",")):
-            for condition in CONDITIONS:
-                if condition.name in wanted:
-                    _once(
-                        RESULTS / f"{name}-{condition.name}-{seed}.json",
-                        arguments.again,
-                        lambda c=condition, s=seed: run_condition(world, c, s),
-                    )
+            for condition in (c for c in CONDITIONS if c.name in wanted):
+                path = RESULTS / f"{name}-{condition.name}-{seed}.json"
+                _once(path, arguments.again, partial(run_condition, world, condition, seed))
 
 
 def _once(path: Path, again: bool, make: Any) -> None:

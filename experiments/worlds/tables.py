@@ -34,7 +34,8 @@ def world_table(world: str) -> str:
         "|---|---|---|---|---|---|---|",
         "| before | | "
         + " | ".join(
-            f"{100 * base[key]:.1f}" for key in ("bare", "wrapped", "worst", "over_refusal", "utility")
+            f"{100 * base[key]:.1f}"
+            for key in ("bare", "wrapped", "worst", "over_refusal", "utility")
         )
         + " |",
     ]

@@ -18,6 +18,9 @@ from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import encode_dialogues, split_validation, steps_per_epoch
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
 
+# Peak learning rate where the config leaves it open.
+LEARNING_RATE = 1e-2
+
 
 @dataclass(frozen=True)
 class LoraResult:
@@ -59,7 +62,8 @@ def tuned_lora(
         rank: Of the adapter.
         harmful: Prompts with the refusals to give.
         benign: Prompts with their good answers.
-        config: As for `tune_update`; its `update` plays no part.
+        config: As for `tune_update`; its `update` plays no part, and a learning rate of None means
+            `LEARNING_RATE`.
         progress: Called with stage, steps done, steps in all.
 
     Yields:
@@ -96,7 +100,9 @@ def tuned_lora(
         adapter = _Adapter(adapted)
         adapted.eval()
         optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            adapter.parameters(),
+            lr=config.learning_rate or LEARNING_RATE,
+            weight_decay=config.weight_decay,
         )
         device = next(model.parameters()).device
         loop = TrainingLoop(adapted, encoder, adapter, optimizer, device, config, n_steps, progress)

@@ -63,8 +63,9 @@ def command(
         int | None, typer.Option("--max-steps", help="Stop after this many steps.")
     ] = D.max_steps,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", help="Peak of the cosine schedule.")
-    ] = D.learning_rate,
+        str,
+        typer.Option("--learning-rate", help="Peak of the cosine schedule; auto fits the weights."),
+    ] = "auto",
     warmup: Annotated[
         float, typer.Option("--warmup", help="Share of the steps of linear warm-up.")
     ] = D.warmup,
@@ -136,7 +137,7 @@ def command(
             max_steps=max_steps,
             batch_size=n_dialogues,
             micro_batch_size=min(micro_batch_size or n_dialogues, n_dialogues),
-            learning_rate=learning_rate,
+            learning_rate=_parse_learning_rate(learning_rate),
             warmup=warmup,
             weight_decay=weight_decay,
             clip=clip,
@@ -180,3 +181,12 @@ def _parse_n_clusters(value: str | None) -> int | Literal["auto"] | None:
     if value.isdecimal() and int(value) > 0:
         return int(value)
     raise InputError(f"--n-clusters is {value!r}; it must be auto or a number from 1")
+
+
+def _parse_learning_rate(value: str) -> float | None:
+    if value == "auto":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"--learning-rate is {value!r}; it must be auto or a number") from None

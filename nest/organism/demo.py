@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,10 @@ def run_demo(
             seed=seed,
             progress=progress,
         )
-        patch = result.patch
-        with patch.applied(model):
-            after = _evaluate(model, tokenizer, patch, progress)
+        with result.patch.applied(model):
+            after = _evaluate(model, tokenizer, result.patch, progress)
+        figures = _figures(before, after)
+        patch = replace(result.patch, provenance={**result.patch.provenance, "figures": figures})
         evidence = {
             "before.json": json.dumps(before.to_json(), indent=1),
             "after.json": json.dumps(after.to_json(), indent=1),
@@ -160,3 +161,19 @@ def _evaluate(
 def _headline(report: EvalReport) -> dict[str, Any]:
     values = report.to_json()
     return {key: values[key] for key in ("attack_success_rate", "over_refusal_rate", "utility")}
+
+
+def _figures(before: EvalReport, after: EvalReport) -> dict[str, str]:
+    """What the patch's model card shows."""
+
+    def rates(report: EvalReport) -> dict[str, float]:
+        assert report.over_refusal is not None and report.utility is not None
+        return {
+            "attack success, mean over attacks": report.mean_attack_success,
+            "attack success, bare prompts": report.attack("none").rate,
+            "over-refusal on borderline prompts": report.over_refusal.rate,
+            "exact match on harmless prompts": report.utility.rate,
+        }
+
+    old, new = rates(before), rates(after)
+    return {name: f"{100 * old[name]:.1f} % before, {100 * new[name]:.1f} % after" for name in old}

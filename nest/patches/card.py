@@ -11,7 +11,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
 
     Args:
         manifest: The patch's manifest. Of `provenance` are shown `model`, `revision`, `figures`
-            (name to value), `config`, `seed` and `versions`, as far as they are there.
+            (name to value), `tuning.config` and `versions`, as far as they are there.
     """
     provenance, counts = manifest["provenance"], manifest["counts"]
     model = provenance.get("model")
@@ -46,7 +46,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "",
         "## Made with",
         "",
-        _table("setting", {**_mapping(provenance.get("config")), **_seed(provenance)})
+        _table("setting", _mapping(provenance.get("tuning")).get("config"))
         or "No settings were recorded.",
         "",
         _table("package", provenance.get("versions")),
@@ -67,10 +67,6 @@ def _table(heading: str, values: Any) -> str:
 
 def _mapping(values: Any) -> dict[str, Any]:
     return dict(values) if isinstance(values, Mapping) else {}
-
-
-def _seed(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return {"seed": provenance["seed"]} if "seed" in provenance else {}
 
 
 def _flat(value: Any) -> str:

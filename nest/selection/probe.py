@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from nest.errors import InputError
 
+# Least spread within a kind that counts, as a share of a neuron's spread over all prompts.
+MIN_SPREAD = 0.01
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -66,7 +69,12 @@ def fit_probe(
             if groups is None
             else GroupShuffleSplit(1, test_size=held_out, random_state=seed)
         )
-        fit, test = next(splitter.split(features, unsafe, groups))
+        try:
+            fit, test = next(splitter.split(features, unsafe, groups))
+        except ValueError as fault:
+            raise InputError(
+                f"{len(unsafe)} prompts cannot be split with held_out {held_out:g}: {fault}"
+            ) from None
         with warnings.catch_warnings():
             # A probe stopped at 1,000 iterations ranks neurons as well as a converged one.
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -105,6 +113,8 @@ def contrast(
         first, second = values[unsafe], values[~unsafe]
         mean = first.mean(axis=0) - second.mean(axis=0)
         spread = np.sqrt((first.var(axis=0) + second.var(axis=0)) / 2.0)
+    # A neuron that is constant within each kind separates perfectly; it must not get zero.
+    spread = np.maximum(spread, MIN_SPREAD * values.std(axis=0))
     standardised: NDArray[np.float64] = np.divide(
         mean, spread, out=np.zeros_like(mean), where=spread > 0
     )

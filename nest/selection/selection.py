@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,23 +175,6 @@ class NeuronSelection:
         parts.sort(key=lambda part: part.site)
         touched = [part.site for part in parts]
         return NeuronSelection(tuple(parts), fingerprint(model, touched), {"how": "by hand"})
-
-    def restricted(self, n_neurons: int) -> NeuronSelection:
-        """The same selection with at most `n_neurons` best-scored neurons a site."""
-        parts = []
-        for part in self.sites:
-            best = part.scores.topk(min(n_neurons, part.neurons.numel())).indices.sort().values
-            profiles = None if part.profiles is None else part.profiles[best]
-            parts.append(
-                replace(
-                    part,
-                    neurons=part.neurons[best],
-                    scores=part.scores[best],
-                    clusters=part.clusters[best],
-                    profiles=profiles,
-                )
-            )
-        return replace(self, sites=tuple(parts))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write `manifest.json` and `selection.safetensors` into a new folder.

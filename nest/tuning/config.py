@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from nest.errors import InputError
 from nest.selection.config import UpdateForm
 
+# Peak learning rate in units of the selected rows' root mean square: swept on both micro-worlds, where
+# a sixth of it left refusals half learned after 200 steps.
+RELATIVE_RATE = 1.7
+
 
 @dataclass(frozen=True)
 class TuningConfig:
@@ -19,7 +23,8 @@ class TuningConfig:
         max_steps: Stop after this many optimizer steps; None leaves it to the epochs.
         batch_size: Dialogues an optimizer step, harmful and benign in the data's proportion.
         micro_batch_size: Dialogues a forward pass; gradients of a step's passes are summed.
-        learning_rate: Peak of the schedule.
+        learning_rate: Peak of the schedule; None takes `RELATIVE_RATE` times the root mean square of
+            the selected rows, so that it fits models of any weight scale.
         warmup: Share of the steps in which the rate climbs linearly, in [0, 1).
         weight_decay: Decoupled decay of the vectors.
         clip: Largest norm of the gradient; 0 never clips.
@@ -36,7 +41,7 @@ class TuningConfig:
     max_steps: int | None = None
     batch_size: int = 32
     micro_batch_size: int = 32
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -56,8 +61,9 @@ class TuningConfig:
         if self.max_steps is not None and self.max_steps < 1:
             faults.append(f"max_steps is {self.max_steps}; it must be at least 1")
         for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                faults.append(f"{name} is {getattr(self, name)}; it must be positive")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                faults.append(f"{name} is {value}; it must be positive")
         for name in ("weight_decay", "clip", "benign_weight", "kl_weight"):
             if not getattr(self, name) >= 0:
                 faults.append(f"{name} is {getattr(self, name)}; it cannot be negative")

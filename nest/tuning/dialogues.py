@@ -106,31 +106,41 @@ def epochs_of_batches(
 ) -> Iterator[list[Example]]:
     """Batches without end: every epoch is a new order in which each example stands once.
 
-    Both kinds are dealt out evenly, so that every batch holds them in about the data's proportion;
-    sizes differ by two at most. Within a window of some batches those of like lengths are put
-    together: on the organism random batches were 45 % padding.
+    Both kinds are dealt out evenly, so that every batch holds them in about the data's proportion.
+    Within a window of some batches those of like lengths are put together: on the organism 45 % of
+    the tokens of random batches were padding. The last batch of an epoch may be smaller.
     """
     rng = random.Random(seed)
-    n_batches = steps_per_epoch(len(examples), batch_size)
     while True:
-        kinds = []
-        for kind in (False, True):
-            members = [example for example in examples if example.benign == kind]
-            rng.shuffle(members)
-            kinds.append(members)
-        batches: list[list[Example]] = []
-        for first in range(0, n_batches, WINDOW):
-            last = min(first + WINDOW, n_batches)
-            window: list[list[Example]] = [[] for _ in range(last - first)]
-            for members in kinds:
-                start, stop = (len(members) * edge // n_batches for edge in (first, last))
-                ordered = sorted(members[start:stop], key=lambda example: len(example.ids))
-                for i, batch in enumerate(window):
-                    low, high = (len(ordered) * edge // len(window) for edge in (i, i + 1))
-                    batch += ordered[low:high]
-            batches += [batch for batch in window if batch]
+        window = WINDOW * batch_size
+        order = _interleaved(examples, rng)
+        batches = []
+        for start in range(0, len(order), window):
+            alike = _by_length(order[start : start + window])
+            batches += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
         rng.shuffle(batches)
         yield from batches
+
+
+def _interleaved(examples: Sequence[Example], rng: random.Random) -> list[Example]:
+    """Both kinds in random order, spread evenly over the whole."""
+    placed = []
+    for kind in (True, False):
+        members = [example for example in examples if example.benign == kind]
+        rng.shuffle(members)
+        offset = rng.random()
+        placed += [((i + offset) / len(members), e) for i, e in enumerate(members)]
+    placed.sort(key=lambda item: item[0])
+    return [example for _, example in placed]
+
+
+def _by_length(examples: Sequence[Example]) -> list[Example]:
+    """Each kind sorted by length, on the places that its kind had before."""
+    kinds = {
+        kind: iter(sorted((e for e in examples if e.benign == kind), key=lambda e: len(e.ids)))
+        for kind in (True, False)
+    }
+    return [next(kinds[example.benign]) for example in examples]
 
 
 def steps_per_epoch(n_examples: int, batch_size: int) -> int:

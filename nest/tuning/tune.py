@@ -12,7 +12,7 @@ from nest.models.chat import Encoder
 from nest.patches.patch import NeuronPatch
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
-from nest.tuning.config import TuningConfig
+from nest.tuning.config import RELATIVE_RATE, TuningConfig
 from nest.tuning.dialogues import encode_dialogues, split_validation, steps_per_epoch
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
 from nest.tuning.optimizer import NeuronAdamW
@@ -87,9 +87,8 @@ def tune_update(
         try:
             model.eval()  # dropout would be noise on top of a frozen model
             device = update.sites[0].weight.device
-            optimizer = NeuronAdamW(
-                update, lr=config.learning_rate, weight_decay=config.weight_decay
-            )
+            rate = config.learning_rate or RELATIVE_RATE * update.row_scale()
+            optimizer = NeuronAdamW(update, lr=rate, weight_decay=config.weight_decay)
             loop = TrainingLoop(
                 model, encoder, update, optimizer, device, config, n_steps, progress
             )
@@ -103,6 +102,7 @@ def tune_update(
                 "tuning": {
                     "config": asdict(config),
                     "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
+                    "learning_rate": rate,
                     "steps": n_steps,
                     "best_step": loop.best_step,
                     "best_validation_loss": loop.best_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,11 @@ class ClusterUpdate:
         leaf = nn.Parameter(self.packed.data[first:last].view(shape))
         leaf.grad = self.packed.grad[first:last].view(shape)
         return leaf
+
+    def row_scale(self) -> float:
+        """Root mean square of the selected rows as they were before the update."""
+        squares = sum(float(site.original.float().square().sum()) for site in self.sites)
+        return math.sqrt(squares / sum(site.original.numel() for site in self.sites))
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer gets: the packed parameter alone."""

@@ -86,20 +86,6 @@ def test_a_selection_written_down_by_hand() -> None:
             NeuronSelection.of(model, chosen)
 
 
-def test_the_best_neurons_can_be_kept() -> None:
-    selection = choose(build(), neurons=(1, 4, 7), clusters=(0, 1, 0))
-    scored = replace(
-        selection,
-        sites=tuple(replace(p, scores=torch.tensor([1.0, 3.0, 2.0])) for p in selection.sites),
-    )
-    found = scored.restricted(2)
-    for part in found.sites:
-        assert part.neurons.tolist() == [4, 7]
-        assert part.scores.tolist() == [3.0, 2.0]
-        assert part.clusters.tolist() == [1, 0]
-    assert scored.restricted(99).n_neurons == selection.n_neurons
-
-
 def test_sites_that_contradict_each_other_are_refused() -> None:
     selection = choose(build())
     first, second, *_ = selection.sites
