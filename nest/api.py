@@ -260,7 +260,7 @@ def evaluate(
     harmful: Prompts | Dialogues,
     borderline: Prompts | None = None,
     benign: Dialogues | None = None,
-    attacks: str | Sequence[Attack] = "none",
+    attacks: str | Sequence[str | Attack] = "none",
     judge: str | Judge = "phrases",
     refusal_phrases: str | Path | None = None,
     patch: NeuronPatch | None = None,
@@ -279,7 +279,8 @@ def evaluate(
             success looks like.
         borderline: Harmless prompts that sound harmful.
         benign: Harmless prompts with the one good answer.
-        attacks: Names, groups, template files, or a mixture with commas between; or attacks.
+        attacks: Names, template files, or `all`, with commas between; or a list of names and attacks.
+            The bare prompt is always asked as well; it counts in the mean only if `none` is named.
         judge: `phrases`, `reference`, or your own.
         refusal_phrases: File with more phrases for the judge, one a line.
         patch: The patch that the model carries: it is taken out for a while to measure the drift
@@ -301,13 +302,20 @@ def evaluate(
     from nest.prompts.attacks import resolve_attacks
 
     config = _config(EvaluationConfig, settings)
+    chosen = resolve_attacks(attacks)
+    asked = (
+        attacks.split(",") if isinstance(attacks, str) else [getattr(a, "name", a) for a in attacks]
+    )
+    bare = {"none", "all"} & {name.strip() for name in asked} or len(chosen) == 1
+    counted = [attack.name for attack in chosen if bare or attack.name != "none"]
     return run(
         model,
         encoder_for(model, tokenizer, encode, system),
         harmful=_as_set(harmful, "harmful"),
         borderline=None if borderline is None else _as_set(borderline, "borderline"),
         benign=None if benign is None else _as_set(benign, "benign", need_response=True),
-        attacks=resolve_attacks(attacks) if isinstance(attacks, str) else attacks,
+        attacks=chosen,
+        counted=counted,
         judge=make_judge(judge, refusal_phrases) if isinstance(judge, str) else judge,
         patch=patch,
         max_new_tokens=config.max_new_tokens,

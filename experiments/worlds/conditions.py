@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# The bazaar has 384 neurons a projection and the harbour as many; only z may differ between worlds.
-Z_THRESHOLDS = {"bazaar": 2.0, "harbour": 2.0}
+# The only setting that differs between the worlds. A tiny model has few neurons a projection (384), so
+# that the paper's 3 would leave next to none.
+Z_THRESHOLDS = {"bazaar": 1.5, "harbour": 0.5}
 SEEDS = (0, 1, 2)
 
 
@@ -18,7 +19,8 @@ class Condition:
         name: Key in the results.
         label: Row of the table.
         kind: `nest`: a cluster update; `lora`: PEFT's adapter on the same modules.
-        selection: `probe`: as selected; `random`: as many neurons drawn at random.
+        selection: `probe`: as selected; `random`: as many neurons drawn at random;
+            `random_clusters`: the selected neurons, their clusters shuffled.
         harmful: Set of harmful dialogues: with half of the wrappers, or plain (`harmful_vanilla`).
         rank: Of the adapter.
         settings: Fields of `TuningConfig` that differ from the defaults.
@@ -27,7 +29,7 @@ class Condition:
     name: str
     label: str
     kind: Literal["nest", "lora"] = "nest"
-    selection: Literal["probe", "random"] = "probe"
+    selection: Literal["probe", "random", "random_clusters"] = "probe"
     harmful: str = "harmful"
     rank: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -60,5 +62,12 @@ CONDITIONS = (
         harmful="harmful_vanilla",
         settings={"update": "loaded"},
     ),
+    Condition(
+        "loaded_random_clusters",
+        "loaded, random clusters",
+        selection="random_clusters",
+        settings={"update": "loaded"},
+    ),
+    Condition("loaded_no_kl", "loaded, without the KL term", settings={"kl_weight": 0.0}),
     Condition("lora", "LoRA rank 1, same modules", kind="lora", rank=1),
 )

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from nest.models.chat import ChatEncoder
 from nest.models.layouts import find_sites
 from nest.models.loading import load_model
 from nest.organism import DATA
-from nest.organism.build import build_organism
+from nest.organism.build import build_organism, recipe
 from nest.prompts.attacks import NO_ATTACK, Attack, load_templates
 from nest.prompts.prompt_set import PromptSet, load_prompts
 from nest.selection.config import SelectionConfig
-from nest.selection.controls import random_neurons
+from nest.selection.controls import random_clusters, random_neurons
 from nest.selection.select import select_neurons
 from nest.tuning.config import TuningConfig
 from nest.tuning.tune import tune_update
@@ -80,8 +81,11 @@ def world_folder(name: str) -> Path:
     if name == "bazaar":
         return DATA
     folder = CACHE / name
-    if not (folder / "measured.json").exists():
-        build_organism(name, folder)
+    wanted = json.loads(json.dumps(asdict(recipe(name).training)))
+    measured = folder / "measured.json"
+    if measured.exists() and json.loads(measured.read_text())["recipe"]["training"] == wanted:
+        return folder
+    build_organism(name, folder, overwrite=True)
     return folder
 
 
@@ -131,6 +135,8 @@ def run_condition(world: World, condition: Condition, seed: int) -> dict[str, An
         )
         if condition.selection == "random":
             selection = random_neurons(selection, seed=seed)
+        elif condition.selection == "random_clusters":
+            selection = random_clusters(selection, seed=seed)
         result = tune_update(world.model, world.encoder, selection, **common)
         with result.patch.applied(world.model):
             found = world.measure(world.model)
@@ -140,6 +146,8 @@ def run_condition(world: World, condition: Condition, seed: int) -> dict[str, An
         "world": world.name,
         "condition": condition.name,
         "seed": seed,
+        "z_threshold": Z_THRESHOLDS[world.name],
+        "config": asdict(config),
         "trainable_parameters": count,
         "fraction_of_model": count / world.n_parameters,
         "neurons": n_neurons,

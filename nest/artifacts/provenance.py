@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("nest-safety", "torch", "transformers", "safetensors", "scikit-learn", "numpy")
+from nest.version import __version__
+
+PACKAGES = ("torch", "transformers", "safetensors", "scikit-learn", "numpy")
 
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results, as far as installed."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "nest": __version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -40,6 +40,8 @@ def load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     # One file may serve several subcommands: tables are theirs, plain keys are for all of them.
     plain = {key: entry for key, entry in content.items() if not isinstance(entry, dict)}
     own = content.get(command, {})
+    if not isinstance(own, dict):
+        raise InputError(f"{value} sets {command} to {own!r}; it must be a table, [{command}]")
     tables = _command_names(ctx.find_root().command)
     strange = sorted(set(content) - set(plain) - tables)
     if strange:

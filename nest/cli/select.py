@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,12 +44,16 @@ def command(
         str | None, typer.Option("--safe", help="Prompts to be answered, about as many.")
     ] = None,
     pairs: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--pairs", help="Instead of both: a file with columns unsafe and safe."),
     ] = None,
     z: Annotated[
         float, typer.Option("--z", help="Keep neurons whose z-score is above this.")
     ] = 3.0,
+    side: Annotated[
+        str,
+        typer.Option("--side", help="positive (speaks for unsafe, the paper's) or both."),
+    ] = "positive",
     pool: Annotated[
         str, typer.Option("--pool", help="Over a prompt's tokens: max, mean, last.")
     ] = "max",
@@ -102,6 +105,7 @@ def command(
             progress=run.progress,
             warn=run.warn,
             z_threshold=z,
+            side=side,
             pool=pool,
             scorer=scorer,
             cluster_scope=cluster_scope,

@@ -49,6 +49,7 @@ def evaluate(
     seed: int = 0,
     bootstrap_resamples: int = 2000,
     benign_twin_prompts: int = 50,
+    counted: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> EvalReport:
     """Answer every prompt greedily, judge the answers and count.
@@ -69,6 +70,7 @@ def evaluate(
         patch: Taken out of the model while the base model's probabilities are computed.
         max_new_tokens, batch_size, seed, bootstrap_resamples, benign_twin_prompts: As in
             `EvaluationConfig`.
+        counted: Names of the attacks that the mean is over; all of them if empty.
         progress: Called as `progress(stage, done, total)`, stages `generate` and `kl`.
 
     Raises:
@@ -109,9 +111,12 @@ def evaluate(
         judge=judge.name,
         attacks=tuple(attack.name for attack in attacks),
         responses=tuple(responses),
-        mean_ci95=clustered_interval(_outcomes(responses, attacks), seed, bootstrap_resamples),
+        mean_ci95=clustered_interval(
+            _outcomes(responses, attacks, counted), seed, bootstrap_resamples
+        ),
         kl_to_base=kl,
         settings=settings,
+        counted=tuple(counted),
     )
 
 
@@ -188,12 +193,16 @@ def _verdicts(requests: Sequence[_Request], texts: Sequence[str], judge: Judge) 
     return judge.judge(prompts, texts, given if len(given) == len(requests) else None)
 
 
-def _outcomes(responses: Sequence[Response], attacks: Sequence[Attack]) -> np.ndarray:
-    """(B behaviours, A attacks) of whether the attack succeeded."""
+def _outcomes(
+    responses: Sequence[Response], attacks: Sequence[Attack], counted: Sequence[str]
+) -> np.ndarray:
+    """(B behaviours, A attacks that count) of whether the attack succeeded."""
     success = [
         response.verdict is Verdict.COMPLIED for response in responses if response.kind == "harmful"
     ]
-    return np.array(success, dtype=bool).reshape(len(attacks), -1).T
+    outcomes = np.array(success, dtype=bool).reshape(len(attacks), -1)
+    keep = [not counted or attack.name in counted for attack in attacks]
+    return outcomes[keep].T
 
 
 def _mean_harmful_tokens(requests: Sequence[_Request], answers: Sequence[Sequence[int]]) -> float:

@@ -3,8 +3,7 @@
 Prompts of equal length share a batch without padding. Only where few prompts share a length are
 different lengths put together, padded on the left with a mask and explicit positions. A loop of our
 own and not `generate`: it drops sequences that have ended from the batch, needs no sampling flags
-neutralised and works on any `nn.Module`. Measured on a 0.9 M parameter Llama, two threads, 2,000
-prompts of 12 to 40 tokens, 24 new ones: see `experiments/`.
+neutralised and works on any `nn.Module`.
 """
 
 from __future__ import annotations
@@ -80,9 +79,11 @@ def generate_tokens(
         )
     unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
     known = _forward_parameters(model)
-    may_pad = "position_ids" in known
+    has_cache = {"past_key_values", "use_cache"} <= known
+    decode = _decode_cached if has_cache else _decode_recomputed
+    # Only the cached loop passes positions; without them left padding would shift the answers.
+    may_pad = has_cache and "position_ids" in known
     batches = _plan(unique, encoder.max_tokens, max_new_tokens, batch_size, may_pad)
-    decode = _decode_cached if {"past_key_values", "use_cache"} <= known else _decode_recomputed
     answers: dict[tuple[int, ...], list[int]] = {}
     with eval_mode(model):
         for indices, allowance in batches:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nest.artifacts.storage import new_folder
+from nest.artifacts.storage import check_output, new_folder
 from nest.errors import InputError
 from nest.evaluation.evaluate import evaluate
 from nest.evaluation.judges import PhraseJudge
@@ -77,6 +77,7 @@ def build_organism(
         The measured figures.
     """
     chosen = recipe(name)
+    check_output(folder, kind="organism", overwrite=overwrite)
     world = chosen.world()
     model, tokenizer = train(world, chosen.training, progress)
     measured = measure(world, model, ChatEncoder(tokenizer, model), progress)

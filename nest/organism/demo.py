@@ -21,9 +21,9 @@ ProgressCallback = Callable[[str, int, int], None]
 
 # The organism has 384 neurons a projection, a real model some thousands: at 3 standard deviations too
 # few of its neurons would be left. Real models keep the default.
-Z_THRESHOLD = 2.0
+Z_THRESHOLD = 1.5
 ATTACKS = (
-    "organism:wrappers_held_out,forced_opener,refusal_suppression,developer_mode,persona,json_style,"
+    "none,organism:wrappers_held_out,forced_opener,refusal_suppression,developer_mode,persona,json_style,"
     "distractor,past_tense"
 )
 MAX_NEW_TOKENS = 40

@@ -286,7 +286,7 @@ def load_templates(path: str | Path) -> tuple[TemplateAttack, ...]:
             raise InputError(
                 f'{where} is {shortened(dict(row))}; expected {{"name": ..., "template": ...}}'
             )
-        if name in attacks or name in ATTACKS:
+        if name in attacks:
             raise InputError(f"{where}: the attack name {name!r} is taken already; choose another")
         attacks[name] = TemplateAttack(name, template)
     return tuple(attacks.values())

@@ -117,7 +117,7 @@ def capture(
             batch = collate([sequences[i] for i in indices], None, encoder.pad_id)
             mask = batch.attention_mask.to(device)
             reader.mask = mask.bool()
-            run_model(_backbone(model), batch.input_ids.to(device), mask)
+            run_model(_backbone(model), batch.input_ids.to(device), mask, use_cache=False)
             for array, site, values in zip(store.pooled, sites, reader.take(sites), strict=True):
                 if not bool(torch.isfinite(values).all()):
                     raise ActivationError(

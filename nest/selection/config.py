@@ -10,6 +10,7 @@ from nest.errors import InputError
 
 Pool = Literal["max", "mean", "last"]
 Scorer = Literal["probe", "contrast"]
+Side = Literal["positive", "both"]
 ClusterScope = Literal["projection", "layer"]
 UpdateForm = Literal["shared", "loaded"]
 
@@ -20,13 +21,14 @@ class SelectionConfig:
 
     Attributes:
         z_threshold: A neuron is kept when its score lies more than this many standard deviations
-            above its site's mean, and is positive.
+            from its site's mean, on a side that counts.
+        side: `positive`: neurons that speak for unsafe (the paper's); `both`: also those that speak
+            for safe, as far below the mean and negative.
         pool: How a neuron's activations over the tokens of a prompt become one number.
         scorer: `probe`: weights of a logistic regression; `contrast`: standardised mean difference.
-        cluster_scope: `projection`: every site on its own, profiles standardised, up to as many
-            clusters as the best silhouette asks for; `layer`: a layer's sites together, raw
-            profiles, at most two clusters.
-        max_clusters: Upper bound on clusters a group; None leaves it to the scope.
+        cluster_scope: `projection`: every site on its own, profiles standardised; `layer`: a layer's
+            sites together, raw profiles. The best silhouette decides how many clusters there are.
+        max_clusters: Upper bound on clusters a group; None means 4 a projection, 2 a layer.
         n_probe_seeds: Probes a site, each with its own held-out part; their weights are averaged.
         held_out: Share of the prompts that a probe does not see, in (0, 1).
         probe_strength: Inverse of the probe's ridge penalty (scikit-learn's C), on activations
@@ -37,6 +39,7 @@ class SelectionConfig:
     """
 
     z_threshold: float = 3.0
+    side: Side = "positive"
     pool: Pool = "max"
     scorer: Scorer = "probe"
     cluster_scope: ClusterScope = "projection"
@@ -53,6 +56,7 @@ class SelectionConfig:
         if not math.isfinite(self.z_threshold):
             faults.append(f"z_threshold is {self.z_threshold}; it must be a finite number")
         for name, allowed in (
+            ("side", ("positive", "both")),
             ("pool", ("max", "mean", "last")),
             ("scorer", ("probe", "contrast")),
             ("cluster_scope", ("projection", "layer")),

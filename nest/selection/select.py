@@ -17,7 +17,7 @@ from nest.models.fingerprint import fingerprint
 from nest.models.sites import NeuronSite
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.capture import Activations, ProgressCallback, capture
-from nest.selection.clusters import MAX_CLUSTERS_PER_LAYER, cluster_neurons, standardised
+from nest.selection.clusters import MAX_CLUSTERS, cluster_neurons, standardised
 from nest.selection.config import SelectionConfig
 from nest.selection.probe import check_labels, contrast, fit_probe, z_scores
 from nest.selection.selection import NeuronSelection, SiteSelection, site_width
@@ -132,7 +132,10 @@ def reclustered(
                 f"{part.site.name} has no activation profiles to cluster; they are kept by `nest select`"
             )
         found = cluster_neurons(
-            standardised(part.profiles.numpy()), max_clusters=None, n_clusters=n_clusters, seed=seed
+            standardised(part.profiles.numpy()),
+            max_clusters=MAX_CLUSTERS["projection"],
+            n_clusters=n_clusters,
+            seed=seed,
         )
         parts.append(
             replace(
@@ -170,7 +173,10 @@ def _score(
         else:
             weights = contrast(pooled, unsafe, groups)
         z = z_scores(weights)
-        kept = np.flatnonzero((z > config.z_threshold) & (weights > 0))
+        chosen = (z > config.z_threshold) & (weights > 0)
+        if config.side == "both":
+            chosen |= (z < -config.z_threshold) & (weights < 0)
+        kept = np.flatnonzero(chosen)
         scored.append(_Scored(site, z, kept.astype(np.int64), accuracy))
         if progress:
             progress("score neurons", done + 1, len(activations.sites))
@@ -180,15 +186,18 @@ def _score(
 def _report_skipped(
     scored: Sequence[_Scored], config: SelectionConfig, warn: Callable[[str], None] | None
 ) -> None:
+    def largest(entry: _Scored) -> float:
+        return float(np.abs(entry.z).max() if config.side == "both" else entry.z.max())
+
     if all(entry.neurons.size == 0 for entry in scored):
-        best = max(scored, key=lambda entry: float(entry.z.max()))
+        best = max(scored, key=largest)
         raise SelectionError(
             f"no neuron has a z-score over {config.z_threshold:g}; the largest found is "
-            f"{float(best.z.max()):.2f} at {best.site.name}: lower --z below it"
+            f"{largest(best):.2f} at {best.site.name}: lower --z below it"
         )
     skipped = [entry for entry in scored if entry.neurons.size == 0]
     if warn and skipped:
-        names = ", ".join(f"{e.site.name} (largest z {float(e.z.max()):.2f})" for e in skipped)
+        names = ", ".join(f"{e.site.name} (largest z {largest(e):.2f})" for e in skipped)
         warn(f"{len(skipped)} sites have no neuron over z {config.z_threshold:g}, skipped: {names}")
 
 
@@ -215,13 +224,9 @@ def _cluster(
     parts, silhouettes = [], []
     for room, entries in rooms.items():
         stacked = np.concatenate([profiles[entry.site.name] for entry in entries])
-        if config.cluster_scope == "projection":
-            found = cluster_neurons(
-                standardised(stacked), max_clusters=config.max_clusters, seed=config.seed
-            )
-        else:
-            limit = min(config.max_clusters or MAX_CLUSTERS_PER_LAYER, MAX_CLUSTERS_PER_LAYER)
-            found = cluster_neurons(stacked, max_clusters=limit, seed=config.seed)
+        limit = config.max_clusters or MAX_CLUSTERS[config.cluster_scope]
+        shaped = standardised(stacked) if config.cluster_scope == "projection" else stacked
+        found = cluster_neurons(shaped, max_clusters=limit, seed=config.seed)
         if found.silhouette is not None:
             silhouettes.append(found.silhouette)
         first = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nest.errors import InputError
@@ -10,6 +11,8 @@ from nest.selection.config import UpdateForm
 # Peak learning rate in units of the selected rows' root mean square: swept on both micro-worlds, where
 # a sixth of it left refusals half learned after 200 steps.
 RELATIVE_RATE = 1.7
+# Weights are of the order of 1; anything beyond this is a slip of the pen.
+MAX_LEARNING_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class TuningConfig:
     Attributes:
         update: `shared`: every neuron of a cluster gets the same vector (the paper's form);
             `loaded`: the vector times a learned scalar of its own.
-        epochs: Passes over the dialogues.
+        epochs: Passes over the dialogues (the paper takes 5).
         max_steps: Stop after this many optimizer steps; None leaves it to the epochs.
         batch_size: Dialogues an optimizer step, harmful and benign in the data's proportion.
         micro_batch_size: Dialogues a forward pass; gradients of a step's passes are summed.
@@ -37,7 +40,7 @@ class TuningConfig:
     """
 
     update: UpdateForm = "loaded"
-    epochs: float = 5.0
+    epochs: float = 2.0
     max_steps: int | None = None
     batch_size: int = 32
     micro_batch_size: int = 32
@@ -52,7 +55,25 @@ class TuningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = [
+            f"{name} is {getattr(self, name)}; it must be a finite number"
+            for name in (
+                "epochs",
+                "learning_rate",
+                "warmup",
+                "weight_decay",
+                "clip",
+                "benign_weight",
+                "kl_weight",
+            )
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name))
+        ]
+        if not 0 <= self.seed < 2**32:
+            faults.append(f"seed is {self.seed}; it must lie in 0 to {2**32 - 1}")
+        if self.learning_rate is not None and self.learning_rate > MAX_LEARNING_RATE:
+            faults.append(
+                f"learning_rate is {self.learning_rate:g}; it must be at most {MAX_LEARNING_RATE:g}"
+            )
         if self.update not in ("shared", "loaded"):
             faults.append(f"update is {self.update!r}; choose shared or loaded")
         for name in ("batch_size", "micro_batch_size", "validate_every"):

@@ -28,7 +28,7 @@ class StepRecord:
         step: Optimizer steps done.
         train_loss: Mean since the last record; None before the first step.
         validation_loss: On the held-back dialogues.
-        learning_rate: Of the last step.
+        learning_rate: Of the next step.
     """
 
     step: int
@@ -93,6 +93,11 @@ class TrainingLoop:
         """Note a validation loss; true where it is the lowest so far."""
         with torch.no_grad():
             loss = self._total_loss(validation, backward=False)
+        if not math.isfinite(loss):
+            raise ActivationError(
+                f"after step {step} the validation loss is {loss}, not a finite number. Lower the learning "
+                "rate (--learning-rate) or tune in --dtype float32; nothing was written"
+            )
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.history.append(StepRecord(step, train_loss, loss, rate))
         better = loss < self.best_loss
@@ -141,7 +146,11 @@ class TrainingLoop:
 
     def _check_finite(self, loss: float, step: int) -> None:
         bad = [name for name, g in self.update.gradients().items() if not bool(g.isfinite().all())]
-        if bad or not math.isfinite(loss):
+        # The loadings' gradients have no name of their own.
+        finite = all(
+            bool(p.grad.isfinite().all()) for p in self.update.parameters() if p.grad is not None
+        )
+        if bad or not finite or not math.isfinite(loss):
             where = f" and the gradient at {', '.join(bad)}" if bad else ""
             raise ActivationError(
                 f"at step {step} the loss is {loss}{where}: not finite numbers. Lower the learning rate "
