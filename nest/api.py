@@ -59,7 +59,7 @@ def load(
         name: A local folder, a name on the Hub, or `organism` for the embedded model.
         dtype: `auto` keeps the checkpoint's own.
         device: `auto` takes an accelerator where there is one.
-        device_map: As transformers takes it; then `device` must be `auto`.
+        device_map: As transformers takes it; `device` then plays no part.
         revision: Of a model on the Hub.
         trust_remote_code: Run code that comes with the model.
 
@@ -303,10 +303,9 @@ def evaluate(
 
     config = _config(EvaluationConfig, settings)
     chosen = resolve_attacks(attacks)
-    asked = (
-        attacks.split(",") if isinstance(attacks, str) else [getattr(a, "name", a) for a in attacks]
-    )
-    bare = {"none", "all"} & {name.strip() for name in asked} or len(chosen) == 1
+    items: list[str | Attack] = list(attacks.split(",") if isinstance(attacks, str) else attacks)
+    asked = {item.strip() if isinstance(item, str) else item.name for item in items}
+    bare = bool({"none", "all"} & asked) or len(chosen) == 1
     counted = [attack.name for attack in chosen if bare or attack.name != "none"]
     return run(
         model,
@@ -338,7 +337,7 @@ def fold(
     """
     from nest.patches.checkpoint import fold_checkpoint
 
-    return fold_checkpoint(_local(model), load_patch(patch), Path(out), overwrite=overwrite)
+    return fold_checkpoint(resolve_model(model), load_patch(patch), Path(out), overwrite=overwrite)
 
 
 def revert(
@@ -352,7 +351,9 @@ def revert(
     """
     from nest.patches.checkpoint import revert_checkpoint
 
-    return revert_checkpoint(_local(model), load_patch(patch), Path(out), overwrite=overwrite)
+    return revert_checkpoint(
+        resolve_model(model), load_patch(patch), Path(out), overwrite=overwrite
+    )
 
 
 def verify(
@@ -372,7 +373,7 @@ def verify(
     """
     from nest.patches.verify import verify as run
 
-    return run(_local(model), load_patch(patch), folded=folded, device=device)
+    return run(resolve_model(model), load_patch(patch), folded=folded, device=device)
 
 
 def load_patch(patch: NeuronPatch | str | Path) -> NeuronPatch:
@@ -395,10 +396,6 @@ def origin_of(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
         "versions": package_versions(),
     }
-
-
-def _local(model: str | Path) -> Path:
-    return Path(resolve_model(model))
 
 
 def _config(kind: type[_Config], settings: Mapping[str, Any]) -> _Config:

@@ -42,14 +42,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in absent.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(scope="session")
-def organism() -> Path:
-    """Folder of the embedded model."""
-    from nest.organism import model_folder
-
-    folder = model_folder()
-    if not folder.is_dir():
-        pytest.skip("the embedded model is not there yet")
-    return folder

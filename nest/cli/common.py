@@ -16,6 +16,7 @@ import typer
 
 from nest.errors import InputError, MissingInputError, NestError
 
+EXIT_GATE_FAILED = 3
 EXIT_INTERRUPTED = 130
 
 P = ParamSpec("P")

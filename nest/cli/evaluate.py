@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nest.cli.common import (
+    EXIT_GATE_FAILED,
     BatchSizeOption,
     ConfigOption,
     DeviceMapOption,
@@ -59,6 +60,12 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for eval.json and all responses.")
     ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate", help="Exit 3 unless it holds, e.g. over_refusal_rate<=0.02; repeatable."
+        ),
+    ] = None,
     system: SystemOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = "auto",
@@ -73,10 +80,12 @@ def command(
     quiet: QuietOption = False,
 ) -> None:
     from nest import api
+    from nest.evaluation.gates import Gate
     from nest.evaluation.report import check_report_output
     from nest.reporting.tables import eval_table
 
     size = parse_batch_size(batch_size)
+    gates = [Gate.parse(text) for text in gate or ()]
     if out is not None:
         check_report_output(out, overwrite=overwrite)
     loaded = None if patch is None else api.load_patch(patch)
@@ -108,4 +117,13 @@ def command(
             seed=seed,
         )
         written = [] if out is None else [report.save(out, overwrite=overwrite)]
-    run.result(report.to_json(), eval_table(report), *(f"wrote {path}" for path in written))
+    failures = [said for said in (one.failure(report) for one in gates) if said]
+    run.result(
+        {**report.to_json(), "gates_failed": failures},
+        eval_table(report),
+        *(f"wrote {path}" for path in written),
+    )
+    if failures:
+        for said in failures:
+            typer.echo(said, err=True)
+        raise typer.Exit(EXIT_GATE_FAILED)

@@ -29,7 +29,8 @@ class Verification:
     """What was found; by these names in `nest verify --json`.
 
     Attributes:
-        ok: Selected rows only were changed, the logits are exactly equal, and there is an effect.
+        ok: Selected rows only were changed, to the bits that the patch recorded, the logits are
+            exactly equal, and there is an effect.
         rows_changed: Rows (neurons) that differ from the base model's.
         rows_outside_selection: Of those, rows that the patch does not select; 0 expected.
         tensors_changed_elsewhere: Tensors that differ though the patch does not touch them; 0
@@ -99,7 +100,8 @@ def _verify_in_memory(
         elsewhere = _n_different(untouched, _hashes(model, patch))
         changed, outside = _count_rows(base, _touched(model, patch), patch)
     after = _logits(model, inputs)
-    return _judge(patch, changed, outside, elsewhere, _difference(before, after), before, during)
+    # Putting the patch in checked the rows against its hashes already.
+    return _judge(True, changed, outside, elsewhere, _difference(before, after), before, during)
 
 
 def _verify_checkpoints(
@@ -113,6 +115,7 @@ def _verify_checkpoints(
     keys = match_keys(sources, patch)
     elsewhere = len(changed_keys(source, folded) - set(keys.values()))
     changed = outside = 0
+    as_recorded = True
     for parameter, key in keys.items():
         if key not in targets:
             elsewhere += 1
@@ -121,6 +124,7 @@ def _verify_checkpoints(
             counts = _count_rows(
                 {parameter: ours.get_tensor(key)}, {parameter: theirs.get_tensor(key)}, patch
             )
+            as_recorded &= tensor_hash(theirs.get_tensor(key)) == patch.folded[parameter]
         changed, outside = changed + counts[0], outside + counts[1]
     model = _loaded(source, device)
     inputs = _probes(model, probes)
@@ -129,11 +133,12 @@ def _verify_checkpoints(
         live = _logits(model, inputs)
     del model
     written = _logits(_loaded(folded, device), inputs)
-    return _judge(patch, changed, outside, elsewhere, _difference(live, written), before, live)
+    difference = _difference(live, written)
+    return _judge(as_recorded, changed, outside, elsewhere, difference, before, live)
 
 
 def _judge(
-    patch: NeuronPatch,
+    as_recorded: bool,
     changed: int,
     outside: int,
     elsewhere: int,
@@ -142,7 +147,7 @@ def _judge(
     live: Float[Tensor, "B T V"],
 ) -> Verification:
     has_effect = not same_bits(before, live)
-    ok = outside == 0 and elsewhere == 0 and difference == 0.0 and has_effect
+    ok = as_recorded and outside == 0 and elsewhere == 0 and difference == 0.0 and has_effect
     return Verification(ok, changed, outside, elsewhere, difference, has_effect)
 
 

@@ -16,7 +16,9 @@ class NeuronAdamW(torch.optim.Optimizer):
     """AdamW on a cluster update; after each step the model's rows hold cast(W0 + s U[c]).
 
     The maths is `nest_kernels.neuron_adamw.adamw_step`. It works under torch's learning rate
-    schedulers and `torch.nn.utils.clip_grad_norm_(update.parameters(), ...)`.
+    schedulers and `torch.nn.utils.clip_grad_norm_(update.parameters(), ...)`. A loop that clears
+    gradients by `model.zero_grad()` alone, as transformers' Trainer does, does not clear this one:
+    call the optimizer's.
 
     Args:
         update: From `nest.trainable`.

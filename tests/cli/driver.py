@@ -96,6 +96,6 @@ def tune_arguments(
 ) -> Sequence[object]:
     return (
         *("tune", "--model", model, "--clusters", clusters, "--harmful", data["harmful"]),
-        *("--benign", data["benign"], "--max-steps", 6, "--learning-rate", 0.05),
+        *("--benign", data["benign"], "--epochs", 9, "--max-steps", 6, "--learning-rate", 0.05),
         *("--validate-every", 2, "--out", out),
     )
