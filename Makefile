@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch is installed before everything else: another request for it could pull CUDA packages.
+# torch is installed before everything else, so that nothing else decides which build it is. Where pip would
+# fetch a CUDA build and you want none: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check bench worlds tables format clean
@@ -39,7 +40,7 @@ clean:
 
 $(VENV)/torch.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	touch $@
 
 $(VENV)/run.stamp: $(VENV)/torch.stamp setup.py

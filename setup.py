@@ -31,7 +31,7 @@ setup(
     package_data={
         "nest": ["py.typed"],
         "nest.organism": ["data/*", "data/prompts/*", "data/model/*"],
-        "nest.reporting": ["*.j2", "templates/*"],
+        "nest.reporting": ["*.j2"],
         "nest_kernels": ["py.typed"],
     },
     install_requires=[
@@ -40,6 +40,7 @@ setup(
         "scikit-learn>=1.4",
         "numpy>=1.26",
         "datasets>=3.0",
+        "pyarrow>=15",
         "einops>=0.8",
         "safetensors>=0.4.5",
         "jaxtyping>=0.2.34",

@@ -6,7 +6,7 @@ Each takes files, names or plain values, and hands tensors to the stages.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -307,7 +307,7 @@ def evaluate(
     asked = {item.strip() if isinstance(item, str) else item.name for item in items}
     bare = bool({"none", "all"} & asked) or len(chosen) == 1
     counted = [attack.name for attack in chosen if bare or attack.name != "none"]
-    return run(
+    report = run(
         model,
         encoder_for(model, tokenizer, encode, system),
         harmful=_as_set(harmful, "harmful"),
@@ -324,6 +324,8 @@ def evaluate(
         benign_twin_prompts=config.benign_twin_prompts,
         progress=progress,
     )
+    origin = {**origin_of(model, tokenizer), "system": system, "with_patch": patch is not None}
+    return replace(report, settings={**report.settings, "origin": origin, "config": asdict(config)})
 
 
 def fold(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from nest.models.chat import Encoder
 from nest.models.sites import NeuronSite
 from nest.prompts.prompt_set import PromptSet
 from nest.tuning.config import TuningConfig
-from nest.tuning.dialogues import encode_dialogues, split_validation, steps_per_epoch
+from nest.tuning.dialogues import prepare
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
 
 # Peak learning rate where the config leaves it open.
@@ -78,14 +77,7 @@ def tuned_lora(
         raise InputError(
             "the LoRA baseline needs PEFT: pip install 'nest-safety[baselines]'"
         ) from None
-    train, validation = split_validation(
-        encode_dialogues(encoder, harmful, benign=False),
-        encode_dialogues(encoder, benign, benign=True),
-        share=config.validation,
-        seed=config.seed,
-    )
-    n_steps = math.ceil(config.epochs * steps_per_epoch(len(train), config.batch_size))
-    n_steps = min(n_steps, config.max_steps or n_steps)
+    train, validation, n_steps = prepare(encoder, harmful, benign, config)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapted = None
     try:

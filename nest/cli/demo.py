@@ -30,7 +30,7 @@ def command(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    from nest.organism.demo import run_demo
+    from nest.demo import run_demo
     from nest.reporting.tables import eval_table, selection_table
 
     with session(json, quiet) as run:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 # Below this silhouette a split says nothing; the neurons stay one cluster (the paper's value).
 MIN_SILHOUETTE = 0.1
 # Most clusters a group where the user does not say. Per layer the paper makes at most two. Per
-# projection it sets no bound, but its counts fit two or three nearly everywhere; without one, a site of
-# our second world with eighty neurons got fifty clusters, and the update grew fourfold for nothing.
+# projection it sets no bound, but its counts fit two or three nearly everywhere. Without one, the four
+# sites of our second world got 66 clusters instead of 11, and the update 8,670 parameters instead of
+# 1,630: more than the half percent of the model that we allow.
 MAX_CLUSTERS = {"projection": 4, "layer": 2}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from nest.errors import InputError
 from nest.models.chat import Batch, Encoder, check_completion_mask, collate
 from nest.prompts.prompt_set import PromptSet
+from nest.tuning.config import TuningConfig
 
 # Batches within which examples are put together by length.
 WINDOW = 16
@@ -99,6 +101,24 @@ def split_validation(
         validation += shuffled[:n_held]
         train += shuffled[n_held:]
     return train, validation
+
+
+def prepare(
+    encoder: Encoder, harmful: PromptSet, benign: PromptSet, config: TuningConfig
+) -> tuple[list[Example], list[Example], int]:
+    """Training and validation dialogues, and the optimizer steps that the config asks for.
+
+    Raises:
+        InputError: see `encode_dialogues` and `split_validation`.
+    """
+    train, validation = split_validation(
+        encode_dialogues(encoder, harmful, benign=False),
+        encode_dialogues(encoder, benign, benign=True),
+        share=config.validation,
+        seed=config.seed,
+    )
+    n_steps = math.ceil(config.epochs * steps_per_epoch(len(train), config.batch_size))
+    return train, validation, min(n_steps, config.max_steps or n_steps)
 
 
 def epochs_of_batches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from nest.patches.patch import NeuronPatch
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
 from nest.tuning.config import RELATIVE_RATE, TuningConfig
-from nest.tuning.dialogues import encode_dialogues, split_validation, steps_per_epoch
+from nest.tuning.dialogues import prepare
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.update import trainable
@@ -74,14 +73,7 @@ def tune_update(
 
     Source: arXiv 2602.16835, section 3.5; the KL term after arXiv 2601.23143.
     """
-    train, validation = split_validation(
-        encode_dialogues(encoder, harmful, benign=False),
-        encode_dialogues(encoder, benign, benign=True),
-        share=config.validation,
-        seed=config.seed,
-    )
-    n_steps = math.ceil(config.epochs * steps_per_epoch(len(train), config.batch_size))
-    n_steps = min(n_steps, config.max_steps or n_steps)
+    train, validation, n_steps = prepare(encoder, harmful, benign, config)
     training = [module for module in model.modules() if module.training]
     with trainable(model, selection, update=config.update, seed=config.seed) as update:
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -216,8 +217,8 @@ class _ThroughRows(torch.autograd.Function):
         inputs, vectors, loadings, columns, clusters = ctx.saved_tensors
         home = vectors.device
         grad_vectors, grad_loadings = cluster_gradients(
-            grad.flatten(0, -2),
-            inputs.detach().flatten(0, -2),
+            rearrange(grad, "... f -> (...) f"),
+            rearrange(inputs.detach(), "... d -> (...) d"),
             vectors.to(grad.device),
             columns,
             clusters,

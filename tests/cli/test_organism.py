@@ -7,8 +7,8 @@ import pytest
 from driver import Nest
 from transformers import AutoModelForCausalLM
 
+from nest.demo import ATTACKS
 from nest.organism import DATA
-from nest.organism.demo import ATTACKS
 from nest.prompts.attacks import resolve_attacks
 
 
