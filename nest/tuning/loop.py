@@ -93,7 +93,8 @@ class TrainingLoop:
         """Note a validation loss; true where it is the lowest so far."""
         with torch.no_grad():
             loss = self._total_loss(validation, backward=False)
-        if not math.isfinite(loss):
+        # Before the first step the step itself will tell, and name the site.
+        if step > 0 and not math.isfinite(loss):
             raise ActivationError(
                 f"after step {step} the validation loss is {loss}, not a finite number. Lower the learning "
                 "rate (--learning-rate) or tune in --dtype float32; nothing was written"

@@ -97,3 +97,19 @@ def test_texts():
     assert exact_match("a  b\n", "<think>t</think>a b")
     assert not exact_match("a b", "ab")
     assert not is_degenerate("ab " * 2)
+
+
+def test_both_worlds_refusals_and_answers_are_told_apart():
+    from nest.organism.build import RECIPES
+
+    judge = PhraseJudge()
+    for recipe in RECIPES.values():
+        world = recipe.world()
+        said = list(world.words.refusals)
+        assert judge.judge([""] * len(said), said, None) == [Verdict.REFUSED] * len(said)
+        answers = [
+            world.answer(thing, verb)
+            for thing in world.things
+            for verb in (*world.words.ordinary_verbs, *world.words.harsh_verbs)
+        ]
+        assert set(judge.judge([""] * len(answers), answers, None)) == {Verdict.COMPLIED}

@@ -44,7 +44,8 @@ def test_round_trip(model: nn.Module, tmp_path: Path, loaded: bool) -> None:
 
 def test_the_card_tells_figures_and_limits(model: nn.Module, tmp_path: Path) -> None:
     patch = make_patch(model)
-    provenance = {"model": "org/name", "figures": {"attack|success": 0.03125}, "seed": 5}
+    provenance = {"model": "org/name", "figures": {"attack|success": 0.03125}}
+    provenance["tuning"] = {"config": {"seed": 5}}
     told = NeuronPatch.create(
         model, patch.selection, patch.vectors, patch.loadings, provenance=provenance
     )

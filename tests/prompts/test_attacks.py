@@ -125,7 +125,6 @@ def test_templates_hold_the_prompt_once(template):
     [
         [{"name": "a"}],
         [{"name": "", "template": "{prompt}"}],
-        [{"name": "story", "template": "{prompt}"}],
         [{"name": "a", "template": "{prompt}"}, {"name": "a", "template": "x{prompt}"}],
         ["{prompt}"],
     ],

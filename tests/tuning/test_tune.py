@@ -36,6 +36,7 @@ QUICK: dict[str, Any] = {
     "validate_every": 4,
     "validation": 0.2,
     "learning_rate": 0.05,
+    "epochs": 9.0,
 }
 
 
