@@ -63,7 +63,9 @@ def command(
     gate: Annotated[
         list[str] | None,
         typer.Option(
-            "--gate", help="Exit 3 unless it holds, e.g. over_refusal_rate<=0.02; repeatable."
+            "--gate",
+            help="Exit 3 unless it holds, e.g. over_refusal_rate<=0.02; also attack_success_rate (the "
+            "mean), worst_attack, exact_match, kl_to_base; repeatable.",
         ),
     ] = None,
     system: SystemOption = None,

@@ -64,7 +64,7 @@ def load_artifact(folder: Path) -> tuple[NeuronSelection, NeuronPatch | None]:
         raise MissingInputError(
             f"{folder} has no manifest.json; name a folder that `nest select` or `nest tune` wrote"
         )
-    kind = ""
+    kind = "patch" if (folder / "patch.safetensors").is_file() else ""
     with suppress(ValueError, AttributeError):  # the readers below say what is wrong with it
         kind = json_module.loads(manifest.read_bytes()).get("kind")
     if kind == "patch":

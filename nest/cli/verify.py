@@ -46,5 +46,9 @@ def command(
         table.add_row(key.replace("_", " "), str(value))
     run.result(values, table)
     if not found.ok:
-        typer.echo("error: the patch or the folded checkpoint is not what it should be", err=True)
+        typer.echo(
+            "error: this is not what the patch recorded: the checkpoint was folded with another patch, or "
+            "one of both is damaged; fold it again",
+            err=True,
+        )
         raise typer.Exit(1)

@@ -29,7 +29,7 @@ from nest.selection.selection import NeuronSelection, SiteSelection
 from nest_kernels.neuron_adamw import updated_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NeuronPatch:
     """A trained update: W'[i] = cast(W[i] + s_i U[c(i)]) for the selected rows i.
 
@@ -50,6 +50,12 @@ class NeuronPatch:
     folded: Mapping[str, str]
     revert_bits: Mapping[str, bytes]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"NeuronPatch({self.update}, {self.n_rows} rows at {len(self.selection.sites)} sites, "
+            f"{self.trainable_parameters} trained parameters)"
+        )
 
     def __post_init__(self) -> None:
         _check_update(self.selection, self.vectors, self.loadings)
@@ -165,11 +171,13 @@ class NeuronPatch:
         """Add the update to the model's rows, in place.
 
         Raises:
-            PatchError: the model carries the patch already, or is another one.
+            PatchError: the model carries the patch already, or is another one, or the patch is
+                damaged; the model is then left as it was.
         """
         self._require(model, self.base.tensors)
         with restored_on_failure(model, self.selection) as current:
             write_selected(model, self.selection, self._folded_rows(current))
+            self._check_outcome(model, self.folded)
 
     def revert(self, model: nn.Module) -> None:
         """Take the update out of the model's rows, in place and bit by bit.
@@ -181,7 +189,7 @@ class NeuronPatch:
         self._require(model, self.folded)
         with restored_on_failure(model, self.selection) as current:
             write_selected(model, self.selection, self._original_rows(current))
-            self._check_reverted(model)
+            self._check_outcome(model, self.base.tensors)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -189,6 +197,7 @@ class NeuronPatch:
         self._require(model, self.base.tensors)
         with restored(model, self.selection) as current:
             write_selected(model, self.selection, self._folded_rows(current))
+            self._check_outcome(model, self.folded)
             yield model
 
     @contextmanager
@@ -197,7 +206,7 @@ class NeuronPatch:
         self._require(model, self.folded)
         with restored(model, self.selection) as current:
             write_selected(model, self.selection, self._original_rows(current))
-            self._check_reverted(model)
+            self._check_outcome(model, self.base.tensors)
             yield model
 
     def fold_tensor(self, parameter: str, weight: Tensor) -> Tensor:
@@ -290,12 +299,12 @@ class NeuronPatch:
             f"differ, the first being {wrong[0]}; use the very checkpoint it was made for"
         )
 
-    def _check_reverted(self, model: nn.Module) -> None:
+    def _check_outcome(self, model: nn.Module, state: Mapping[str, str]) -> None:
         for name, weight in touched_weights(model, self.selection).items():
-            if tensor_hash(weight) != self.base.tensors[name]:
+            if tensor_hash(weight) != state[name]:
                 raise PatchError(
-                    f"taking the patch out did not restore {name}; the patch is damaged, fetch it "
-                    "again. The model is as it was before"
+                    f"{name} did not come out as the patch recorded it; the patch is damaged, fetch "
+                    "it again. The model is as it was before"
                 )
 
     # --- as a folder ------------------------------------------------------------------------------

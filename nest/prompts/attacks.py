@@ -308,8 +308,8 @@ def _resolved(item: str | Attack, known: Mapping[str, Attack]) -> Sequence[Attac
             raise InputError(f"there is no attack file {item!r}; expected a .json or .jsonl file")
         return load_templates(item)
     raise InputError(
-        f"unknown attack {item!r}; the known ones are {', '.join(known)}, or `all`, or a .json "
-        "file of names and templates"
+        f"unknown attack {item!r}; the known ones are {', '.join(known)}, or `all`, or a .jsonl or "
+        ".json file of names and templates, or organism:wrappers_held_out"
     )
 
 

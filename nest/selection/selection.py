@@ -82,7 +82,7 @@ class SiteSelection:
             raise SelectionError(f"{where} has a score or profile that is not a finite number")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NeuronSelection:
     """The chosen neurons of a model.
 
@@ -96,6 +96,12 @@ class NeuronSelection:
     sites: tuple[SiteSelection, ...]
     base: ModelFingerprint
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"NeuronSelection({self.n_neurons} neurons in {self.n_clusters} clusters at "
+            f"{len(self.sites)} sites)"
+        )
 
     def __post_init__(self) -> None:
         if not self.sites:

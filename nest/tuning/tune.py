@@ -92,9 +92,8 @@ def tune_update(
             {
                 **(provenance or {}),
                 "tuning": {
-                    "config": asdict(config),
+                    "config": {**asdict(config), "learning_rate": rate},
                     "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
-                    "learning_rate": rate,
                     "steps": n_steps,
                     "best_step": loop.best_step,
                     "best_validation_loss": loop.best_loss,

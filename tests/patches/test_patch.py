@@ -102,7 +102,7 @@ def test_damaged_revert_bits_leave_the_model_as_it_was(
     )
     patch.fold_into(model)
     folded = state(model)
-    with pytest.raises(PatchError, match="did not restore"):
+    with pytest.raises(PatchError, match="did not come out as the patch recorded"):
         bad.revert(model)
     assert _same(folded, state(model))
 
@@ -178,3 +178,19 @@ def test_tokenizer_hash_sees_vocabulary_and_template() -> None:
     ]
     assert len(set(hashes)) == 4
     assert tokenizer_hash(_Tokenizer({"b": 1, "a": 0}, None)) == hashes[0]
+
+
+def test_damaged_vectors_are_never_put_in(
+    model: nn.Module, patch: NeuronPatch, state: State
+) -> None:
+    group = next(iter(patch.vectors))
+    vectors = {**patch.vectors, group: patch.vectors[group] + 0.5}
+    bad = NeuronPatch(
+        patch.selection, vectors, patch.loadings, patch.base, patch.folded, patch.revert_bits
+    )
+    before = state(model)
+    with pytest.raises(PatchError, match="did not come out as the patch recorded"):
+        bad.fold_into(model)
+    with pytest.raises(PatchError, match="damaged"), bad.applied(model):
+        pass
+    assert _same(before, state(model))
