@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -50,7 +51,11 @@ class Activations:
 
 
 def pool_tokens(
-    values: Float[Tensor, "B T F"], mask: Bool[Tensor, "B T"], pool: Pool
+    values: Float[Tensor, "B T F"],
+    mask: Bool[Tensor, "B T"],
+    pool: Pool,
+    *,
+    n_full: int | None = None,
 ) -> Float[Tensor, "B F"]:
     """One number a neuron and prompt, padding left out.
 
@@ -58,16 +63,24 @@ def pool_tokens(
         values: Activations at every token.
         mask: True at the prompt's own tokens; at least one a row.
         pool: `max` (the paper's), `mean`, or `last` (the last own token).
+        n_full: `full_columns(mask)`, where it is known already.
 
     Returns:
         Pooled activations in fp32.
 
     Source: arXiv 2602.16835, section 3.2 (max over the prompt's tokens).
     """
-    padded = not bool(mask.all())
     if pool == "max":
-        kept = values.masked_fill(~mask[:, :, None], float("-inf")) if padded else values
-        return kept.amax(dim=1).float()
+        # Padding stands on the right, so most columns are full; only the others need a masked copy.
+        if n_full is None:
+            n_full = full_columns(mask)
+        if n_full == mask.shape[1]:
+            return values.amax(dim=1).float()
+        tail = values[:, n_full:].masked_fill(~mask[:, n_full:, None], float("-inf")).amax(dim=1)
+        if n_full == 0:
+            return tail.float()
+        return torch.maximum(values[:, :n_full].amax(dim=1), tail).float()
+    padded = not bool(mask.all())
     if pool == "mean":
         weights = mask.to(torch.float32)
         kept = values.float().masked_fill(~mask[:, :, None], 0.0) if padded else values.float()
@@ -116,10 +129,11 @@ def capture(
         for indices in bucketed_batches([len(ids) for ids in sequences], batch_size):
             batch = collate([sequences[i] for i in indices], None, encoder.pad_id)
             mask = batch.attention_mask.to(device)
-            reader.mask = mask.bool()
+            reader.expect(mask.bool())
             run_model(_backbone(model), batch.input_ids.to(device), mask, use_cache=False)
             for array, site, values in zip(store.pooled, sites, reader.take(sites), strict=True):
-                if not bool(torch.isfinite(values).all()):
+                # A sum is one pass; only where it is not finite are the values looked at.
+                if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
                     raise ActivationError(
                         f"the activations at {site.name} are not finite numbers (first seen for the "
                         f"prompt {prompts[indices[0]][:60]!r} and its batch); try --dtype float32, or "
@@ -132,13 +146,23 @@ def capture(
     return Activations(tuple(sites), store.pooled, store.folder)
 
 
+def full_columns(mask: Bool[Tensor, "B T"]) -> int:
+    """How many of the first tokens are no padding in any row."""
+    return int(mask.all(dim=0).long().cumprod(dim=0).sum())
+
+
 class Reader:
-    """Pools what the hooks see; `mask` must be set before each forward pass."""
+    """Pools what the hooks see; `expect` comes before each forward pass."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool: Pool = pool
         self.mask: Bool[Tensor, "B T"] | None = None
+        self._n_full = 0
         self._pooled: dict[str, Tensor] = {}
+
+    def expect(self, mask: Bool[Tensor, "B T"]) -> None:
+        """Announce the next batch by its mask."""
+        self.mask, self._n_full = mask, full_columns(mask)
 
     def update(self, site: NeuronSite, output: Tensor) -> None:
         """Pool one site's output of the current batch."""
@@ -146,7 +170,9 @@ class Reader:
         if output.ndim == 2:  # some layers see their tokens flattened (OPT's)
             output = output.unflatten(0, tuple(self.mask.shape))
         values = output[..., site.offset : site.offset + site.length]
-        self._pooled[site.name] = pool_tokens(values, self.mask.to(values.device), self.pool)
+        self._pooled[site.name] = pool_tokens(
+            values, self.mask.to(values.device), self.pool, n_full=self._n_full
+        )
 
     def take(self, sites: Sequence[NeuronSite]) -> list[Float[Tensor, "B F"]]:
         """The pooled activations of the last forward pass, which are then forgotten.
