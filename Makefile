@@ -22,7 +22,7 @@ check: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m experiments.benchmarks.run
 
-# The comparison of README's tables, on both worlds and three seeds: about an hour on two cores.
+# The comparison of README's tables, on both worlds and three seeds: half an hour on two cores.
 worlds: $(VENV)/dev.stamp
 	$(BIN)/python -m experiments.worlds.run
 	$(MAKE) tables
