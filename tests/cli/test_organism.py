@@ -49,7 +49,7 @@ def test_demo_lowers_attack_success_and_keeps_the_rest(nest: Nest, tmp_path: Pat
     assert found["fraction_of_model"] <= 0.005
     report = Path(found["report"]).read_text(encoding="utf-8")
     assert (
-        report.startswith("<!DOCTYPE html>")
+        report.startswith("<!doctype html>")
         and "<svg" in report
         and "http://" not in report.split("</style>")[0]
     )
