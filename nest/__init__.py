@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         PatchError,
         SelectionError,
+        TuningStoppedError,
     )
     from nest.evaluation.report import EvalReport
     from nest.models.chat import CallableEncoder, ChatEncoder
@@ -48,6 +49,7 @@ _HOMES = {
         "OutputExistsError",
         "PatchError",
         "SelectionError",
+        "TuningStoppedError",
     ),
     "nest.evaluation.report": ("EvalReport",),
     "nest.models.chat": ("CallableEncoder", "ChatEncoder"),
@@ -78,6 +80,7 @@ __all__ = [
     "PatchError",
     "SelectionError",
     "SiteSelection",
+    "TuningStoppedError",
     "__version__",
     "evaluate",
     "find_sites",

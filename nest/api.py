@@ -226,10 +226,19 @@ def tune_result(
     encode: EncodeLike | None = None,
     system: str | None = None,
     progress: ProgressCallback | None = None,
+    notice: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> TuningResult:
-    """As `tune`, but the model is left as it was, and the loss curve and timings come along."""
+    """As `tune`, but the model is left as it was, and the loss curve and timings come along.
+
+    Args that `tune` does not have:
+        notice: Told the memory that will be needed, before the first step.
+        warn: Told what deserves attention; by default a Python warning.
+    """
+    import warnings
+
     from nest.models.chat import encoder_for
     from nest.selection.select import reclustered
     from nest.tuning.config import TuningConfig
@@ -250,6 +259,8 @@ def tune_result(
         config=config,
         provenance={**origin_of(model, tokenizer), **(provenance or {}), "system": system},
         progress=progress,
+        notice=notice,
+        warn=warn or (lambda text: warnings.warn(text, stacklevel=3)),
     )
 
 
@@ -290,7 +301,7 @@ def evaluate(
         batch_size: Prompts decoded together.
         progress: Called with stage, steps done, steps in all.
         **settings: Fields of `EvaluationConfig`: max_new_tokens, seed, bootstrap_resamples,
-            benign_twin_prompts.
+            benign_twin_prompts, engine.
 
     Raises:
         InputError: prompts or settings that cannot be used.
@@ -322,6 +333,7 @@ def evaluate(
         seed=config.seed,
         bootstrap_resamples=config.bootstrap_resamples,
         benign_twin_prompts=config.benign_twin_prompts,
+        engine=config.engine,
         progress=progress,
     )
     origin = {**origin_of(model, tokenizer), "system": system, "with_patch": patch is not None}

@@ -5,6 +5,7 @@
     │   └── MissingInputError (FileNotFoundError)
     ├── LayoutError (TypeError)              a model whose neurons we cannot address
     ├── ActivationError (ArithmeticError)    NaN or infinite numbers inside the model
+    │   └── TuningStoppedError               the same after some good steps, which it carries
     ├── SelectionError (ValueError)          a selection that is empty, damaged or of another model
     ├── PatchError (ValueError)              a patch that is damaged, of another model, or not applied
     └── OutputExistsError (FileExistsError)  an output folder that is already there
@@ -12,6 +13,8 @@
 Each message says what was wrong, the value found, what was expected and how to mend it. The command
 line prints it as one line and exits with code 1.
 """
+
+from typing import Any
 
 
 class NestError(Exception):
@@ -32,6 +35,18 @@ class LayoutError(NestError, TypeError):
 
 class ActivationError(NestError, ArithmeticError):
     """NaN or infinite activations, losses or gradients."""
+
+
+class TuningStoppedError(ActivationError):
+    """Tuning met numbers that are not finite after steps that were good.
+
+    Attributes:
+        result: The `TuningResult` of the best step before that.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class SelectionError(NestError, ValueError):

@@ -24,6 +24,10 @@ import pytest  # noqa: E402 - after the hook
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# Read by triton when it is imported: without a GPU the tests of the kernels run in its interpreter.
+assert "triton" not in sys.modules
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

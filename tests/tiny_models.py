@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from nest.models.chat import ChatEncoder
+from nest.models.fingerprint import fingerprint
 from nest.models.layouts import find_sites
 from nest.models.sites import NeuronSite
-from nest.selection.selection import NeuronSelection
+from nest.selection.selection import NeuronSelection, SiteSelection
+from nest.tuning.update import PARAMETER, ClusterUpdate
 
 D, F, LAYERS, MAX_TOKENS = 16, 24, 2, 48
 SPECIAL_TOKENS = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "[USER]", "[BOT]", "[SYS]"]
@@ -108,6 +110,23 @@ def choose(
     return NeuronSelection.of(model, chosen, layout=layout)
 
 
+def layer_wide(model: nn.Module) -> NeuronSelection:
+    """The sites of a layer share two vectors, as `--cluster-scope layer` has it."""
+    parts = [
+        SiteSelection(
+            site=site,
+            neurons=torch.tensor([i, 6 + i, 11]),
+            scores=torch.zeros(3),
+            clusters=torch.tensor([0, 1, i % 2]),
+            width=D,
+            group=f"layer {site.layer}",
+            n_clusters=2,
+        )
+        for i, site in enumerate(find_sites(model))
+    ]
+    return NeuronSelection(tuple(parts), fingerprint(model, [part.site for part in parts]))
+
+
 def word_tokenizer(template: str | None = TEMPLATE) -> Any:
     """One token a word."""
     vocabulary = {word: i for i, word in enumerate(SPECIAL_TOKENS + WORDS)}
@@ -173,9 +192,27 @@ def write_data(folder: Path) -> dict[str, str]:
     return paths
 
 
+def tokens(n_rows: int = 3, length: int = 7, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(7, 30, (n_rows, length), generator=draw)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def filled(update: ClusterUpdate, seed: int = 0) -> None:
+    """An update away from its start, so that the gradients' dependence on U and s is seen."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = 0.1 * torch.randn(update.packed.numel(), generator=draw)
+    update.load_snapshot([update.packed.detach() + noise])
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and buffer."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """A copy of every parameter and buffer that is the model's own."""
+    own = {name: value for name, value in model.state_dict().items() if name != PARAMETER}
+    return {name: value.detach().clone() for name, value in own.items()}
 
 
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

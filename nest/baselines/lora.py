@@ -16,6 +16,7 @@ from nest.prompts.prompt_set import PromptSet
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import prepare
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
+from nest.tuning.loss import target_logits
 
 # Peak learning rate where the config leaves it open.
 LEARNING_RATE = 1e-2
@@ -97,7 +98,16 @@ def tuned_lora(
             weight_decay=config.weight_decay,
         )
         device = next(model.parameters()).device
-        loop = TrainingLoop(adapted, encoder, adapter, optimizer, device, config, n_steps, progress)
+        loop = TrainingLoop(
+            encoder,
+            adapter,
+            optimizer,
+            lambda micro_batch: target_logits(adapted, micro_batch.batch, device),
+            config,
+            n_steps,
+            micro_batch_size=config.micro_batch_size or config.batch_size,
+            progress=progress,
+        )
         loop.run(train, validation)
         count = sum(parameter.numel() for parameter in adapter.parameters())
         yield (

@@ -18,6 +18,8 @@ from nest.errors import InputError, MissingInputError, NestError
 
 EXIT_GATE_FAILED = 3
 EXIT_INTERRUPTED = 130
+# The end of `--layers A:`: no model has as many.
+ALL_LAYERS = 1_000_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,6 +90,23 @@ def parse_batch_size(value: str) -> int | Literal["auto"]:
     raise InputError(f"--batch-size is {value!r}; it must be auto or a number from 1")
 
 
+def parse_layers(value: str | None) -> tuple[int, int] | None:
+    """`A:B` as the first layer and the one after the last; either may be left out.
+
+    Raises:
+        InputError: something else.
+    """
+    if value is None:
+        return None
+    first, colon, end = value.partition(":")
+    if colon and all(part == "" or part.isdecimal() for part in (first, end)):
+        return int(first or 0), int(end) if end else ALL_LAYERS
+    raise InputError(
+        f"--layers is {value!r}; it must be A:B, the first layer and the one after the last, such "
+        "as 8:24 or 8:"
+    )
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", help="A local folder, a name on the Hub, or `organism`.")
 ]
@@ -118,6 +137,10 @@ BatchSizeOption = Annotated[
 SystemOption = Annotated[
     str | None, typer.Option("--system", help="System prompt put before every prompt.")
 ]
+LayersOption = Annotated[
+    str | None,
+    typer.Option("--layers", help="A:B restricts to layers A to B - 1; all of them if unset."),
+]
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Of a model on the Hub: branch, tag or commit.")
 ]
@@ -136,10 +159,12 @@ class Session:
     Attributes:
         as_json: Results are one JSON object.
         progress: For the stages' `progress=`.
+        quiet: No progress and no notes.
     """
 
     as_json: bool
     progress: Callable[[str, int, int], None] | None
+    quiet: bool = False
     _printed: list[str] = field(default_factory=list)
 
     def result(self, values: Mapping[str, Any], *renderables: Any) -> None:
@@ -152,6 +177,11 @@ class Session:
         console = Console()
         for renderable in renderables:
             console.print(renderable)
+
+    def note(self, text: str) -> None:
+        """One line on stderr, unless --quiet."""
+        if not self.quiet:
+            typer.echo(text, err=True)
 
     def warn(self, text: str) -> None:
         """One line on stderr."""
@@ -166,7 +196,7 @@ def session(as_json: bool, quiet: bool) -> Iterator[Session]:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         if quiet or not sys.stderr.isatty():
-            yield Session(as_json, None)
+            yield Session(as_json, None, quiet)
             return
         with _progress_bars() as update:
             yield Session(as_json, update)

@@ -14,6 +14,7 @@ from nest.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LayersOption,
     ModelOption,
     OutOption,
     OverwriteOption,
@@ -23,6 +24,7 @@ from nest.cli.common import (
     SystemOption,
     TrustOption,
     parse_batch_size,
+    parse_layers,
     session,
 )
 
@@ -66,6 +68,7 @@ def command(
     max_clusters: Annotated[
         int | None, typer.Option("--max-clusters", help="At most this many clusters a group.")
     ] = None,
+    layers: LayersOption = None,
     system: SystemOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = "auto",
@@ -109,6 +112,7 @@ def command(
             pool=pool,
             scorer=scorer,
             cluster_scope=cluster_scope,
+            layers=parse_layers(layers),
             max_clusters=max_clusters,
             seed=seed,
         )

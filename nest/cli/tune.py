@@ -15,6 +15,7 @@ from nest.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LayersOption,
     ModelOption,
     OutOption,
     OverwriteOption,
@@ -24,9 +25,10 @@ from nest.cli.common import (
     SystemOption,
     TrustOption,
     parse_batch_size,
+    parse_layers,
     session,
 )
-from nest.errors import InputError
+from nest.errors import ActivationError, InputError, TuningStoppedError
 from nest.tuning.config import TuningConfig
 
 D = TuningConfig()
@@ -90,8 +92,27 @@ def command(
     batch_size: BatchSizeOption = "auto",
     micro_batch_size: Annotated[
         int | None,
-        typer.Option("--micro-batch-size", help="Dialogues a forward pass; all of them if unset."),
+        typer.Option(
+            "--micro-batch-size",
+            help="Dialogues a forward pass; as many as there is memory for if unset.",
+        ),
     ] = None,
+    mode: Annotated[
+        str,
+        typer.Option("--mode", help="live (in the weights' rows) or branch (writes no weight)."),
+    ] = D.mode,
+    layers: LayersOption = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Less memory for activations, a third more time."),
+    ] = D.checkpointing,
+    cache_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--cache-prefix/--no-cache-prefix",
+            help="Run what is below the lowest tuned layer once a dialogue.",
+        ),
+    ] = D.cache_prefix,
     system: SystemOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -123,30 +144,41 @@ def command(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        result = api.tune_result(
-            network,
-            tokenizer,
-            selection,
-            harmful=harmful,
-            benign=benign,
-            n_clusters=_parse_n_clusters(n_clusters),
-            system=system,
-            progress=run.progress,
-            update=update,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=n_dialogues,
-            micro_batch_size=min(micro_batch_size or n_dialogues, n_dialogues),
-            learning_rate=_parse_learning_rate(learning_rate),
-            warmup=warmup,
-            weight_decay=weight_decay,
-            clip=clip,
-            benign_weight=benign_weight,
-            kl_weight=kl_weight,
-            validation=validation,
-            validate_every=validate_every,
-            seed=seed,
-        )
+        try:
+            result = api.tune_result(
+                network,
+                tokenizer,
+                selection,
+                harmful=harmful,
+                benign=benign,
+                n_clusters=_parse_n_clusters(n_clusters),
+                system=system,
+                progress=run.progress,
+                notice=run.note,
+                warn=run.warn,
+                update=update,
+                epochs=epochs,
+                max_steps=max_steps,
+                batch_size=n_dialogues,
+                micro_batch_size=micro_batch_size,
+                mode=mode,
+                layers=parse_layers(layers),
+                checkpointing=checkpointing,
+                cache_prefix=cache_prefix,
+                learning_rate=_parse_learning_rate(learning_rate),
+                warmup=warmup,
+                weight_decay=weight_decay,
+                clip=clip,
+                benign_weight=benign_weight,
+                kl_weight=kl_weight,
+                validation=validation,
+                validate_every=validate_every,
+                seed=seed,
+            )
+        except TuningStoppedError as fault:
+            kept = out.with_name(f"{out.name}-step-{fault.result.best_step}")
+            fault.result.patch.save(kept, overwrite=overwrite)
+            raise ActivationError(f"{fault}: its patch is in {kept}") from None
         if result.best_step == 0:
             run.warn(
                 "no step lowered the validation loss: the patch changes nothing; try a lower "
@@ -166,6 +198,7 @@ def command(
             "validation_loss": min(record.validation_loss for record in result.history),
             "seconds": time.monotonic() - started,
             "tokens_per_second": result.tokens_per_second,
+            "memory_estimate_bytes": result.memory.needed,
         },
         tuning_table(result.history, result.best_step),
         f"wrote {out}: {result.patch.trainable_parameters:,} trained parameters, "

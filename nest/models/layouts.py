@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nest.errors import LayoutError
+from nest.models.blocks import enclosing_blocks
 from nest.models.sites import NeuronSite, site_weight
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -140,12 +141,7 @@ def _linear(path: str, name: str, module: nn.Module) -> nn.Linear | None:
 
 def _block_of(model: nn.Module, path: str) -> tuple[str, int | None]:
     """The list of blocks an MLP is in, and the block's index; None outside of any list."""
-    found: list[tuple[str, int]] = []
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        parent = ".".join(parts[:i])
-        if part.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
-            found.append((parent, int(part)))
+    found = enclosing_blocks(model, path)
     if len(found) > 1:
         raise LayoutError(
             f"{path} is one of several MLPs inside a block (a list inside a list, as mixtures of "

@@ -104,13 +104,17 @@ def site_weight(model: nn.Module, site: NeuronSite) -> Tensor:
     return weight
 
 
+def neuron_view(weight: Float[Tensor, "R C"], site: NeuronSite) -> Float[Tensor, "F D"]:
+    """The weight's own memory with one neuron of the site a row; writing to it writes the weight."""
+    rows = weight.detach() if site.axis == 0 else weight.detach().T
+    return rows[site.offset : site.offset + site.length]
+
+
 def read_rows(
     weight: Float[Tensor, "R C"], site: NeuronSite, neurons: Int[Tensor, " N"]
 ) -> Float[Tensor, "N D"]:
     """A copy of the weight vectors of `neurons`, one row a neuron, detached from autograd."""
-    index = (neurons + site.offset).to(weight.device)
-    rows = weight.detach().index_select(site.axis, index)
-    return rows if site.axis == 0 else rows.T.contiguous()  # (N, D)
+    return neuron_view(weight, site).index_select(0, neurons.to(weight.device)).contiguous()
 
 
 @torch.no_grad()
@@ -121,6 +125,5 @@ def write_rows(
     rows: Float[Tensor, "N D"],
 ) -> None:
     """Replace the weight vectors of `neurons` in place; `rows` is cast to the weight's dtype."""
-    index = (neurons + site.offset).to(weight.device)
     values = rows.to(device=weight.device, dtype=weight.dtype)
-    weight.index_copy_(site.axis, index, values if site.axis == 0 else values.T)
+    neuron_view(weight, site).index_copy_(0, neurons.to(weight.device), values)

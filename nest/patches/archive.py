@@ -18,7 +18,7 @@ from nest.selection.selection import NeuronSelection, tensor_shapes
 if TYPE_CHECKING:
     from nest.patches.patch import NeuronPatch
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 TENSORS = "patch.safetensors"
 
 _DTYPES = {
@@ -67,6 +67,7 @@ def _manifest(patch: NeuronPatch) -> dict[str, Any]:
         "update": patch.update,
         "base": patch.base.to_dict(),
         "folded": dict(patch.folded),
+        "row_checksums": list(patch.row_checksums),
         "counts": {
             "sites": len(patch.selection.sites),
             "rows": patch.n_rows,
@@ -89,6 +90,7 @@ def read_patch(folder: str | Path) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "base": ModelFingerprint.from_dict(_entry(manifest, "base", dict)),
             "folded": checked_hashes(_entry(manifest, "folded", dict), "folded"),
+            "row_checksums": _checksums(_entry(manifest, "row_checksums", list)),
             "provenance": _entry(manifest, "provenance", dict),
         }
         expected = _expected_tensors(chosen, loaded=update == "loaded")
@@ -125,6 +127,13 @@ def _entry(manifest: Mapping[str, Any], name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"'{name}'")
     return value
+
+
+def _checksums(values: list[Any]) -> tuple[int, int]:
+    if len(values) != 2 or not all(type(v) is int and 0 <= v < 2**64 for v in values):
+        raise TypeError("'row_checksums'")
+    before, after = values
+    return before, after
 
 
 def _expected_tensors(chosen: Mapping[str, Any], *, loaded: bool) -> dict[str, tuple[int, ...]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -17,13 +18,7 @@ from nest.errors import PatchError
 from nest.models.fingerprint import ModelFingerprint, config_hash, dtype_name, tensor_hash
 from nest.models.sites import read_rows, site_weight, write_rows
 from nest.patches.archive import read_patch, write_patch
-from nest.patches.live import (
-    Rows,
-    restored,
-    restored_on_failure,
-    touched_weights,
-    write_selected,
-)
+from nest.patches.live import LiveRows, RowBatch, checksum, touched_weights
 from nest.patches.rows import delta_rows, pack_revert_bits, unpack_original_rows
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest_kernels.neuron_adamw import updated_rows
@@ -40,6 +35,7 @@ class NeuronPatch:
         base: Fingerprint of the model without the patch, touched tensors only.
         folded: For each touched parameter the sha256 of its bytes with the patch.
         revert_bits: For each site what restores the original rows exactly (see `rows.py`).
+        row_checksums: Of all selected rows without and with the patch (`LiveRows.checksum`).
         provenance: How it was made: model, config, seeds, hashes, versions, figures.
     """
 
@@ -49,6 +45,7 @@ class NeuronPatch:
     base: ModelFingerprint
     folded: Mapping[str, str]
     revert_bits: Mapping[str, bytes]
+    row_checksums: tuple[int, int]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -101,6 +98,8 @@ class NeuronPatch:
         _check_update(selection, vectors, plain)
         base, folded, bits = {}, {}, {}
         dtypes = set()
+        places = _places(parts)
+        before = after = 0
         for parameter, touched in _by_parameter(parts).items():
             weight = site_weight(model, touched[0].site).detach().cpu().clone()
             dtypes.add(dtype_name(weight.dtype))
@@ -119,6 +118,8 @@ class NeuronPatch:
                 rows = read_rows(weight, part.site, part.neurons)
                 new = _updated(part, rows, vectors, plain)
                 bits[name] = pack_revert_bits(rows, new, delta)
+                before += checksum(rows, places[name])
+                after += checksum(new, places[name])
                 write_rows(weight, part.site, part.neurons, new)
             folded[parameter] = tensor_hash(weight)
         return NeuronPatch(
@@ -128,6 +129,7 @@ class NeuronPatch:
             base=ModelFingerprint(selection.base.config_hash, base, ",".join(sorted(dtypes))),
             folded=folded,
             revert_bits=bits,
+            row_checksums=(before % 2**64, after % 2**64),
             provenance={"versions": package_versions(), **(provenance or {})},
         )
 
@@ -170,14 +172,15 @@ class NeuronPatch:
     def fold_into(self, model: nn.Module) -> None:
         """Add the update to the model's rows, in place.
 
+        What is checked is the rows that change, before and after, and the model's architecture;
+        `nest verify` compares everything.
+
         Raises:
             PatchError: the model carries the patch already, or is another one, or the patch is
                 damaged; the model is then left as it was.
         """
-        self._require(model, self.base.tensors)
-        with restored_on_failure(model, self.selection) as current:
-            write_selected(model, self.selection, self._folded_rows(current))
-            self._check_outcome(model, self.folded)
+        with self._changed_rows(model, fold=True, back=False):
+            pass
 
     def revert(self, model: nn.Module) -> None:
         """Take the update out of the model's rows, in place and bit by bit.
@@ -186,28 +189,64 @@ class NeuronPatch:
             PatchError: the model does not carry the patch, or the patch is damaged; the model is
                 then left as it was.
         """
-        self._require(model, self.folded)
-        with restored_on_failure(model, self.selection) as current:
-            write_selected(model, self.selection, self._original_rows(current))
-            self._check_outcome(model, self.base.tensors)
+        with self._changed_rows(model, fold=False, back=False):
+            pass
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model carries the patch inside the block, and is bit-identical after it."""
-        self._require(model, self.base.tensors)
-        with restored(model, self.selection) as current:
-            write_selected(model, self.selection, self._folded_rows(current))
-            self._check_outcome(model, self.folded)
+        with self._changed_rows(model, fold=True, back=True):
             yield model
 
     @contextmanager
     def removed(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model is without the patch inside the block, and carries it again after it."""
-        self._require(model, self.folded)
-        with restored(model, self.selection) as current:
-            write_selected(model, self.selection, self._original_rows(current))
-            self._check_outcome(model, self.base.tensors)
+        with self._changed_rows(model, fold=False, back=True):
             yield model
+
+    @contextmanager
+    def _changed_rows(self, model: nn.Module, *, fold: bool, back: bool) -> Iterator[None]:
+        live = LiveRows(model, self.selection)
+        current = live.read()
+        checksums = self.row_checksums if fold else self.row_checksums[::-1]
+        if live.checksum(current) != checksums[0] or config_hash(model) != self.base.config_hash:
+            self._explain(model, self.base.tensors if fold else self.folded)
+        change = self._folded_batch if fold else self._original_batch
+        with live.restored(current, always=back):
+            new = [change(batch, rows) for batch, rows in zip(live.batches, current, strict=True)]
+            if live.checksum(new) != checksums[1]:
+                raise PatchError(
+                    "the rows did not come out as the patch recorded them; the patch is damaged, "
+                    "fetch it again. The model is as it was before"
+                )
+            live.write(new)
+            yield
+
+    def _folded_batch(self, batch: RowBatch, rows: Tensor) -> Tensor:
+        parts = [self.selection.sites[i] for i in batch.indices]
+        starts, groups = 0, {}
+        for part in parts:
+            if part.group not in groups:
+                groups[part.group] = starts
+                starts += part.n_clusters
+        vectors = torch.cat([self.vectors[group] for group in groups]).to(rows.device)
+        clusters = torch.cat([part.clusters + groups[part.group] for part in parts])
+        loadings = None
+        if self.loadings is not None:
+            loadings = torch.cat([self.loadings[part.site.name] for part in parts])
+            loadings = loadings.to(rows.device)
+        new = updated_rows(rows, vectors, clusters.to(rows.device), loadings)
+        if not bool(torch.isfinite(new).all()):
+            finite = [bool(torch.isfinite(own).all()) for own in batch.split(new)]
+            raise _not_finite(parts[finite.index(False)].site.name, new.dtype)
+        return new
+
+    def _original_batch(self, batch: RowBatch, rows: Tensor) -> Tensor:
+        originals = [
+            self._original_rows(self.selection.sites[i], own.cpu())
+            for i, own in zip(batch.indices, batch.split(rows), strict=True)
+        ]
+        return torch.cat(originals).to(rows.device)
 
     def fold_tensor(self, parameter: str, weight: Tensor) -> Tensor:
         """A copy of one touched weight with the patch in it, on the CPU.
@@ -232,10 +271,14 @@ class NeuronPatch:
         parts = self.parameters[parameter]
         changed = weight.detach().cpu().clone()
         self._check_state({parameter: tensor_hash(changed)}, before, dtype_name(weight.dtype))
-        rows = {p.site.name: read_rows(changed, p.site, p.neurons) for p in parts}
-        new = self._folded_rows(rows) if fold else self._original_rows(rows)
         for part in parts:
-            write_rows(changed, part.site, part.neurons, new[part.site.name])
+            rows = read_rows(changed, part.site, part.neurons)
+            new = (
+                _updated(part, rows, self.vectors, self.loadings)
+                if fold
+                else self._original_rows(part, rows)
+            )
+            write_rows(changed, part.site, part.neurons, new)
         if tensor_hash(changed) != after[parameter]:
             raise PatchError(
                 f"{parameter} did not come out as the patch recorded it; the patch is damaged, "
@@ -243,29 +286,15 @@ class NeuronPatch:
             )
         return changed
 
-    def _folded_rows(self, current: Rows) -> Rows:
-        return {
-            part.site.name: _updated(part, current[part.site.name], self.vectors, self.loadings)
-            for part in self.selection.sites
-            if part.site.name in current
-        }
+    def _original_rows(self, part: SiteSelection, rows: Tensor) -> Tensor:
+        delta = _delta(part, self.vectors, self.loadings)
+        return unpack_original_rows(rows, delta, self.revert_bits[part.site.name])
 
-    def _original_rows(self, current: Rows) -> Rows:
-        return {
-            part.site.name: unpack_original_rows(
-                current[part.site.name],
-                _delta(part, self.vectors, self.loadings),
-                self.revert_bits[part.site.name],
-            )
-            for part in self.selection.sites
-            if part.site.name in current
-        }
-
-    def _require(self, model: nn.Module, state: Mapping[str, str]) -> None:
-        """The model's touched weights are in this state, with or without the patch.
+    def _explain(self, model: nn.Module, state: Mapping[str, str]) -> NoReturn:
+        """Say why a model's rows are not those that the patch expects.
 
         Raises:
-            PatchError: otherwise, saying which it is.
+            PatchError: always.
         """
         weights = touched_weights(model, self.selection)
         dtypes = ",".join(sorted({dtype_name(weight.dtype) for weight in weights.values()}))
@@ -276,6 +305,10 @@ class NeuronPatch:
                 "the touched weights are the patch's, but the rest of the model has another shape "
                 "(its config differs); use the model the patch was made for"
             )
+        raise PatchError(
+            "the touched weights are the patch's, but its checksums of their rows are not; the patch is "
+            "damaged, fetch it again"
+        )
 
     def _check_state(self, found: Mapping[str, str], state: Mapping[str, str], dtypes: str) -> None:
         wrong = [name for name, value in found.items() if value != state[name]]
@@ -298,14 +331,6 @@ class NeuronPatch:
             f"the patch is of another model: {len(wrong)} of {len(found)} weights it changes "
             f"differ, the first being {wrong[0]}; use the very checkpoint it was made for"
         )
-
-    def _check_outcome(self, model: nn.Module, state: Mapping[str, str]) -> None:
-        for name, weight in touched_weights(model, self.selection).items():
-            if tensor_hash(weight) != state[name]:
-                raise PatchError(
-                    f"{name} did not come out as the patch recorded it; the patch is damaged, fetch "
-                    "it again. The model is as it was before"
-                )
 
     # --- as a folder ------------------------------------------------------------------------------
 
@@ -342,6 +367,15 @@ def _by_parameter(parts: Sequence[SiteSelection]) -> dict[str, tuple[SiteSelecti
     return touched
 
 
+def _places(parts: Sequence[SiteSelection]) -> dict[str, Tensor]:
+    """For each site where its rows stand among all rows of the selection."""
+    ends = list(itertools.accumulate(len(part.neurons) for part in parts))
+    return {
+        part.site.name: torch.arange(end - len(part.neurons), end)
+        for part, end in zip(parts, ends, strict=True)
+    }
+
+
 def _plain(values: Tensor) -> Tensor:
     return values.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
 
@@ -362,11 +396,15 @@ def _updated(
     own = None if loadings is None else loadings[part.site.name]
     new = updated_rows(rows, vectors[part.group], part.clusters, own)
     if not bool(torch.isfinite(new).all()):
-        raise PatchError(
-            f"the update at {part.site.name} gives rows that are not finite in {rows.dtype}; train "
-            "it with a smaller learning rate, or in bfloat16 or float32"
-        )
+        raise _not_finite(part.site.name, rows.dtype)
     return new
+
+
+def _not_finite(site: str, dtype: torch.dtype) -> PatchError:
+    return PatchError(
+        f"the update at {site} gives rows that are not finite in {dtype}; train it with a smaller "
+        "learning rate, or in bfloat16 or float32"
+    )
 
 
 def _check_update(

@@ -28,6 +28,8 @@ class SelectionConfig:
         scorer: `probe`: weights of a logistic regression; `contrast`: standardised mean difference.
         cluster_scope: `projection`: every site on its own, profiles standardised; `layer`: a layer's
             sites together, raw profiles. The best silhouette decides how many clusters there are.
+        layers: First layer and the layer after the last one to look in; None for all. Nothing is run
+            above the last.
         max_clusters: Upper bound on clusters a group; None means 4 a projection, 2 a layer.
         n_probe_seeds: Probes a site, each with its own held-out part; their weights are averaged.
         held_out: Share of the prompts that a probe does not see, in (0, 1).
@@ -43,6 +45,7 @@ class SelectionConfig:
     pool: Pool = "max"
     scorer: Scorer = "probe"
     cluster_scope: ClusterScope = "projection"
+    layers: tuple[int, int] | None = None
     max_clusters: int | None = None
     n_probe_seeds: int = 3
     held_out: float = 0.2
@@ -63,6 +66,7 @@ class SelectionConfig:
         ):
             if getattr(self, name) not in allowed:
                 faults.append(f"{name} is {getattr(self, name)!r}; choose {' or '.join(allowed)}")
+        faults += layer_faults(self.layers)
         if self.max_clusters is not None and self.max_clusters < 1:
             faults.append(f"max_clusters is {self.max_clusters}; it must be at least 1")
         if self.n_probe_seeds < 1:
@@ -83,3 +87,10 @@ class SelectionConfig:
             )
         if faults:
             raise InputError("selection settings: " + "; ".join(faults))
+
+
+def layer_faults(layers: tuple[int, int] | None) -> list[str]:
+    """What is wrong with a range of layers; nothing, or one sentence."""
+    if layers is None or 0 <= layers[0] < layers[1]:
+        return []
+    return [f"layers is {layers[0]}:{layers[1]}; the first must be below the end, both from 0"]

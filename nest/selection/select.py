@@ -76,6 +76,7 @@ def select_neurons(
             f"pairs need as many unsafe as safe prompts, but there are {len(unsafe.prompts)} "
             f"and {len(safe.prompts)}"
         )
+    sites = _in_layers(sites, config.layers)
     activations = capture(
         model,
         encoder,
@@ -147,6 +148,18 @@ def reclustered(
         )
     provenance = {**selection.provenance, "reclustered": n_clusters or "auto"}
     return replace(selection, sites=tuple(parts), provenance=provenance)
+
+
+def _in_layers(sites: Sequence[NeuronSite], layers: tuple[int, int] | None) -> Sequence[NeuronSite]:
+    if layers is None:
+        return sites
+    kept = [site for site in sites if layers[0] <= site.layer < layers[1]]
+    if not kept:
+        raise InputError(
+            f"the model has no sites in layers {layers[0]}:{layers[1]}; its layers are "
+            f"{min(site.layer for site in sites)} to {max(site.layer for site in sites)}"
+        )
+    return kept
 
 
 def _score(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,21 @@ class NeuronSelection:
         parts.sort(key=lambda part: part.site)
         touched = [part.site for part in parts]
         return NeuronSelection(tuple(parts), fingerprint(model, touched), {"how": "by hand"})
+
+    def in_layers(self, first: int, end: int) -> NeuronSelection:
+        """The part of the selection that lies in layers `first` to `end` - 1.
+
+        Raises:
+            SelectionError: there is none.
+        """
+        kept = tuple(part for part in self.sites if first <= part.site.layer < end)
+        if not kept:
+            layers = sorted({part.site.layer for part in self.sites})
+            raise SelectionError(
+                f"the selection has no neurons in layers {first}:{end}; it has some in "
+                f"{', '.join(map(str, layers))}"
+            )
+        return replace(self, sites=kept)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write `manifest.json` and `selection.safetensors` into a new folder.

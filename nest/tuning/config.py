@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from nest.errors import InputError
-from nest.selection.config import UpdateForm
+from nest.selection.config import UpdateForm, layer_faults
+
+UpdateMode = Literal["live", "branch"]
 
 # Peak learning rate in units of the selected rows' root mean square. Swept on the bazaar (loaded, 200
 # steps, four clusters a site): at a tenth of it 69 % of wrapped requests still got through, at a third
@@ -26,7 +29,16 @@ class TuningConfig:
         epochs: Passes over the dialogues (the paper takes 5).
         max_steps: Stop after this many optimizer steps; None leaves it to the epochs.
         batch_size: Dialogues an optimizer step, harmful and benign in the data's proportion.
-        micro_batch_size: Dialogues a forward pass; gradients of a step's passes are summed.
+        micro_batch_size: Dialogues a forward pass; gradients of a step's passes are summed. None takes
+            as many as there is memory for.
+        mode: `live`: the model's rows carry the update; `branch`: it is added to the projections'
+            outputs, and no weight is written.
+        layers: First layer and the layer after the last one to tune; None for all that the selection
+            has. Nothing is run backward below the lowest.
+        checkpointing: Keep the inputs of blocks only and run them again in the backward pass: about
+            a third more time, and a fraction of the activations' memory.
+        cache_prefix: Keep the hidden states that enter the lowest tuned block, where it is not the
+            first, and begin every later pass there.
         learning_rate: Peak of the schedule; None takes `RELATIVE_RATE` times the root mean square of
             the selected rows, so that it fits models of any weight scale.
         warmup: Share of the steps in which the rate climbs linearly, in [0, 1).
@@ -44,7 +56,11 @@ class TuningConfig:
     epochs: float = 2.0
     max_steps: int | None = None
     batch_size: int = 32
-    micro_batch_size: int = 32
+    micro_batch_size: int | None = None
+    mode: UpdateMode = "live"
+    layers: tuple[int, int] | None = None
+    checkpointing: bool = False
+    cache_prefix: bool = True
     learning_rate: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -77,11 +93,12 @@ class TuningConfig:
             )
         if self.update not in ("shared", "loaded"):
             faults.append(f"update is {self.update!r}; choose shared or loaded")
-        for name in ("batch_size", "micro_batch_size", "validate_every"):
-            if getattr(self, name) < 1:
+        if self.mode not in ("live", "branch"):
+            faults.append(f"mode is {self.mode!r}; choose live or branch")
+        faults += layer_faults(self.layers)
+        for name in ("batch_size", "micro_batch_size", "validate_every", "max_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            faults.append(f"max_steps is {self.max_steps}; it must be at least 1")
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:

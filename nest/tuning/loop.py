@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nest.errors import ActivationError
+from nest.errors import ActivationError, InputError
 from nest.models.chat import Encoder
 from nest.tuning.config import TuningConfig
-from nest.tuning.dialogues import Example, epochs_of_batches, to_micro_batches
-from nest.tuning.loss import BasePredictions, target_logits, tuning_loss
+from nest.tuning.dialogues import Example, MicroBatch, epochs_of_batches, to_micro_batches
+from nest.tuning.loss import BasePredictions, Targets, tuning_loss
+from nest.tuning.memory import is_out_of_memory
 from nest.tuning.protocol import Trainable
 
 ProgressCallback = Callable[[str, int, int], None]
+MEND = "Lower the learning rate (--learning-rate) or tune in --dtype float32"
 
 
 @dataclass(frozen=True)
@@ -40,64 +43,86 @@ class StepRecord:
 class TrainingLoop:
     """Steps, validation and the best step; the update is left at the best step.
 
+    A step that runs out of memory is taken again in forward passes of half as many dialogues.
+
+    Args:
+        encoder: For its padding.
+        update: What is trained.
+        optimizer: Steps it.
+        ask: The forward pass on a micro-batch.
+        config: How.
+        n_steps: Optimizer steps.
+        micro_batch_size: Dialogues a forward pass.
+        progress: Called with stage, steps done, steps in all.
+        warn: Told what deserves attention.
+
     Attributes:
         history: The loss curve.
         best_step: Step with the lowest validation loss; 0 means that no step beat the base.
         best_loss: That loss.
+        micro_batch_size: As it is now.
         n_tokens: Tokens that went through training steps, padding left out.
         seconds: Wall time of `run`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         encoder: Encoder,
         update: Trainable,
         optimizer: torch.optim.Optimizer,
-        device: torch.device,
+        ask: Callable[[MicroBatch], Targets],
         config: TuningConfig,
         n_steps: int,
-        progress: ProgressCallback | None,
+        *,
+        micro_batch_size: int,
+        progress: ProgressCallback | None = None,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        self.model, self.encoder, self.update, self.config = model, encoder, update, config
-        self.n_steps, self.progress = n_steps, progress
-        self.device = device
+        self.encoder, self.update, self.config, self.ask = encoder, update, config, ask
+        self.n_steps, self.progress, self.warn = n_steps, progress, warn
+        self.micro_batch_size = micro_batch_size
         self.optimizer = optimizer
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(step, n_steps, config.warmup)
         )
-        self.base = BasePredictions(model, update, device)
+        self.base = BasePredictions(ask, update)
         self.history: list[StepRecord] = []
         self.best_step, self.best_loss = 0, math.inf
         self.n_tokens, self.seconds = 0, 0.0
 
     def run(self, train: Sequence[Example], validation: Sequence[Example]) -> None:
-        """All steps, from the base model on."""
+        """All steps, from the base model on.
+
+        Raises:
+            ActivationError: the loss or a gradient is not finite. The update is then at the best step
+                before that.
+        """
         started = time.monotonic()
         best = self.update.snapshot()
-        self._record(0, None, validation)
-        batches = epochs_of_batches(train, self.config.batch_size, seed=self.config.seed)
-        losses: list[float] = []
-        for step in range(1, self.n_steps + 1):
-            losses.append(self._step(next(batches), step))
-            if step % self.config.validate_every == 0 or step == self.n_steps:
-                if self._record(step, sum(losses) / len(losses), validation):
-                    best = self.update.snapshot()
-                losses = []
-            if self.progress:
-                self.progress("tune", step, self.n_steps)
-        self.update.load_snapshot(best)
-        self.seconds = time.monotonic() - started
+        try:
+            self._record(0, None, validation)
+            batches = epochs_of_batches(train, self.config.batch_size, seed=self.config.seed)
+            losses: list[float] = []
+            for step in range(1, self.n_steps + 1):
+                losses.append(self._step(next(batches), step))
+                if step % self.config.validate_every == 0 or step == self.n_steps:
+                    if self._record(step, sum(losses) / len(losses), validation):
+                        best = self.update.snapshot()
+                    losses = []
+                if self.progress:
+                    self.progress("tune", step, self.n_steps)
+        finally:
+            self.update.load_snapshot(best)
+            self.seconds = time.monotonic() - started
 
     def _record(self, step: int, train_loss: float | None, validation: Sequence[Example]) -> bool:
         """Note a validation loss; true where it is the lowest so far."""
         with torch.no_grad():
-            loss = self._total_loss(validation, backward=False)
+            loss = self._loss_in_memory(validation, backward=False)
         # Before the first step the step itself will tell, and name the site.
         if step > 0 and not math.isfinite(loss):
             raise ActivationError(
-                f"after step {step} the validation loss is {loss}, not a finite number. Lower the learning "
-                "rate (--learning-rate) or tune in --dtype float32; nothing was written"
+                f"after step {step} the validation loss is {loss}, not a finite number. {MEND}"
             )
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.history.append(StepRecord(step, train_loss, loss, rate))
@@ -108,8 +133,7 @@ class TrainingLoop:
 
     def _step(self, examples: Sequence[Example], step: int) -> float:
         """One optimizer step over its micro-batches; the loss before it."""
-        self.optimizer.zero_grad()
-        loss = self._total_loss(examples, backward=True)
+        loss = self._loss_in_memory(examples, backward=True)
         self._check_finite(loss, step)
         if self.config.clip > 0:
             nn.utils.clip_grad_norm_(self.update.parameters(), self.config.clip)
@@ -118,17 +142,40 @@ class TrainingLoop:
         self.n_tokens += sum(len(example.ids) for example in examples)
         return loss
 
+    def _loss_in_memory(self, examples: Sequence[Example], *, backward: bool) -> float:
+        """`_total_loss` in passes that there is memory for."""
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                return self._total_loss(examples, backward=backward)
+            except (RuntimeError, MemoryError) as fault:
+                if not is_out_of_memory(fault):
+                    raise
+                if self.micro_batch_size == 1:
+                    raise InputError(
+                        "there is no memory for a single dialogue; tune with --checkpointing, on fewer "
+                        "--layers, or leave out the longest dialogues"
+                    ) from fault
+            # Out of the except clause, so that the failed pass and its tensors are gone.
+            self.micro_batch_size = -(-self.micro_batch_size // 2)
+            self.warn(
+                f"out of memory: going on with {self.micro_batch_size} dialogues a forward pass "
+                f"(--micro-batch-size {self.micro_batch_size} begins there)"
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     def _total_loss(self, examples: Sequence[Example], *, backward: bool) -> float:
         """Mean loss a response token; with `backward` its gradient is gathered, too."""
         config = self.config
-        micro_batches = to_micro_batches(examples, config.micro_batch_size, self.encoder.pad_id)
+        micro_batches = to_micro_batches(examples, self.micro_batch_size, self.encoder.pad_id)
         n_targets = sum(int(mb.batch.completion_mask.sum()) for mb in micro_batches)
         base: list[Tensor] | None = None
         if config.kl_weight > 0:
             base = self.base.of(micro_batches)
         total = 0.0
         for i, micro_batch in enumerate(micro_batches):
-            logits, targets, rows = target_logits(self.model, micro_batch.batch, self.device)
+            logits, targets, rows = self.ask(micro_batch)
             benign = torch.tensor([e.benign for e in micro_batch.examples], device=rows.device)
             has_base = base is not None and bool(micro_batch.benign_rows)
             loss = tuning_loss(
@@ -154,8 +201,7 @@ class TrainingLoop:
         if bad or not finite or not math.isfinite(loss):
             where = f" and the gradient at {', '.join(bad)}" if bad else ""
             raise ActivationError(
-                f"at step {step} the loss is {loss}{where}: not finite numbers. Lower the learning rate "
-                "(--learning-rate) or tune in --dtype float32; nothing was written"
+                f"at step {step} the loss is {loss}{where}: not finite numbers. {MEND}"
             )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,22 +18,56 @@ from nest.tuning.protocol import Trainable
 CACHE_BOUND_BYTES = 512 * 1024**2
 
 
-def target_logits(
-    model: nn.Module, batch: Batch, device: torch.device
-) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """Logits that predict a batch's response tokens, those tokens, and the rows they stand in."""
+class Targets(NamedTuple):
+    """What a model says about the response tokens of a batch.
+
+    Attributes:
+        logits: At the tokens before them.
+        tokens: The response tokens.
+        rows: The batch's rows that they stand in.
+    """
+
+    logits: Float[Tensor, "N V"]
+    tokens: Int[Tensor, " N"]
+    rows: Int[Tensor, " N"]
+
+
+def target_logits(model: nn.Module, batch: Batch, device: torch.device) -> Targets:
+    """One forward pass; the head runs at the positions that predict a response token and no other.
+
+    The head is narrowed by a hook on the model's output embeddings, so that what follows it (a soft
+    cap, a scale) follows still. A model that does not name its head computes all logits.
+    """
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-    wanted = batch.completion_mask[:, 1:]  # (B, T - 1)
-    extra: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        # From the first position that predicts a target on; the vocabulary's logits are large.
-        first = int(wanted.any(dim=0).nonzero()[0])
-        wanted = wanted[:, first:]
-        extra["logits_to_keep"] = wanted.shape[1] + 1
-    logits = logits_of(run_model(model, ids, mask, **extra))[:, :-1]
-    wanted = wanted.to(logits.device)
-    targets = ids.to(logits.device)[:, -wanted.shape[1] :][wanted]
-    return logits[wanted], targets, wanted.nonzero()[:, 0]
+    wanted = torch.zeros_like(batch.completion_mask)  # (B, T)
+    wanted[:, :-1] = batch.completion_mask[:, 1:]
+    narrowed = False
+
+    def narrow(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal narrowed
+        states = args[0]
+        if states.shape[:2] != wanted.shape:
+            return None
+        narrowed = True
+        return (states[wanted.to(states.device)][None], *args[1:])  # (1, N, D)
+
+    head = _head_of(model)
+    handle = None if head is None else head.register_forward_pre_hook(narrow)
+    try:
+        logits = logits_of(run_model(model, ids, mask, use_cache=False))
+    finally:
+        if handle is not None:
+            handle.remove()
+    home = logits.device
+    chosen = logits[0] if narrowed else logits[wanted.to(home)]  # (N, V)
+    tokens = batch.input_ids[batch.completion_mask].to(home)
+    return Targets(chosen, tokens, wanted.nonzero()[:, 0].to(home))
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    named = getattr(model, "get_output_embeddings", None)
+    head = named() if callable(named) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def tuning_loss(
@@ -72,20 +105,18 @@ class BasePredictions:
     """What the base model predicts at the response tokens of benign dialogues, each computed once.
 
     Args:
-        model: Carries the update.
+        ask: The forward pass.
         update: Taken out while the base is asked.
-        device: Where batches go.
         bound_bytes: Most bytes kept.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        ask: Callable[[MicroBatch], Targets],
         update: Trainable,
-        device: torch.device,
         bound_bytes: int = CACHE_BOUND_BYTES,
     ) -> None:
-        self._model, self._update, self._device = model, update, device
+        self._forward, self._update = ask, update
         self._bound_bytes, self._kept_bytes = bound_bytes, 0
         self._kept: dict[Example, Tensor] = {}
 
@@ -112,6 +143,6 @@ class BasePredictions:
 
     def _ask(self, micro_batch: MicroBatch) -> dict[Example, Tensor]:
         only_benign = micro_batch.only_benign()
-        logits, _, rows = target_logits(self._model, only_benign.batch, self._device)
+        logits, _, rows = self._forward(only_benign)
         log_probs = logits.float().log_softmax(-1)
         return {example: log_probs[rows == i] for i, example in enumerate(only_benign.examples)}

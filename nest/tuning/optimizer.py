@@ -6,80 +6,143 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nest.errors import InputError
 from nest.tuning.update import ClusterUpdate
-from nest_kernels.neuron_adamw import adamw_step
+from nest_kernels.neuron_adamw import neuron_adamw
 
 
 class NeuronAdamW(torch.optim.Optimizer):
     """AdamW on a cluster update; after each step the model's rows hold cast(W0 + s U[c]).
 
-    The maths is `nest_kernels.neuron_adamw.adamw_step`. It works under torch's learning rate
-    schedulers and `torch.nn.utils.clip_grad_norm_(update.parameters(), ...)`. A loop that clears
-    gradients by `model.zero_grad()` alone, as transformers' Trainer does, does not clear this one:
-    call the optimizer's.
+    The maths is `nest_kernels.neuron_adamw`; on CUDA a step is one kernel launch. It works under
+    torch's learning rate schedulers, gradient accumulation,
+    `torch.nn.utils.clip_grad_norm_(update.parameters(), ...)`, transformers' Trainer
+    (`optimizers=(NeuronAdamW(update), None)`) and accelerate. Learning rate and step count are scalars
+    on the device, so that a step can be captured in a CUDA graph after a first step outside of it.
 
     Args:
         update: From `nest.trainable`.
-        lr: Learning rate.
+        lr: Learning rate; a number, or a tensor with one.
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, on the vectors only.
 
     Raises:
-        InputError: a setting out of range.
+        InputError: something else than an update, or a setting out of range.
     """
 
     def __init__(
         self,
         update: ClusterUpdate,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        in_range = lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)
-        if not in_range:
+        if not isinstance(update, ClusterUpdate):
             raise InputError(
-                f"lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}: none may be negative, "
-                "and betas must be below 1"
+                f"NeuronAdamW trains a cluster update, not {type(update).__name__}; give it what "
+                "nest.trainable(...) yields, and other parameters an optimizer of their own"
+            )
+        in_range = float(lr) >= 0 and eps >= 0 and weight_decay >= 0
+        if not in_range or not all(0 <= beta < 1 for beta in betas):
+            raise InputError(
+                f"lr {float(lr)}, betas {betas}, eps {eps}, weight_decay {weight_decay}: none may be "
+                "negative, and betas must be below 1"
             )
         self.update = update
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(update.parameters(), defaults)
+        self._rate()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the update's own parameter is taken.
+
+        Raises:
+            InputError: another parameter.
+        """
+        parameters = param_group["params"]
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if len(parameters) != 1 or parameters[0] is not self.update.packed:
+            raise InputError(
+                "NeuronAdamW takes the parameter of its update and no other; give other parameters "
+                "an optimizer of their own"
+            )
+        super().add_param_group({**param_group, "params": parameters})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step from the gathered gradient, and the rows that follow from it."""
+        """One step from the gathered gradient, and the rows that follow from it.
+
+        Without a gradient nothing happens, as in torch's optimizers.
+
+        Raises:
+            SelectionError: the model's weights were replaced or moved since the update was prepared.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group = self.param_groups[0]
         packed = self.update.packed
-        assert packed.grad is not None
-        state: dict[str, Any] = self.state[packed]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(packed)
-            state["exp_avg_sq"] = torch.zeros_like(packed)
-        state["step"] += 1
-        adamw_step(
-            packed.data,
+        if packed.grad is None:
+            return loss
+        self.update.check_weights()
+        group = self.param_groups[0]
+        state = self._prepared_state()
+        neuron_adamw(
+            self.update.rows,
+            packed.detach(),
             packed.grad,
             state["exp_avg"],
             state["exp_avg_sq"],
-            step=int(state["step"]),
-            lr=group["lr"],
+            state["step"],
+            self._rate(),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             n_decayed=self.update.n_vector_parameters,
         )
-        self.update.write()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradient; it stays allocated, since the update's views share it."""
-        self.update.zero_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict`, of whatever device it was saved on.
+
+        Raises:
+            InputError: it belongs to an update of another size.
+        """
+        for state in state_dict["state"].values():
+            found = tuple(state["exp_avg"].shape)
+            if found != tuple(self.update.packed.shape):
+                raise InputError(
+                    f"the optimizer's state is for {found} numbers and the update has "
+                    f"{tuple(self.update.packed.shape)}; it belongs to another selection or form"
+                )
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["step"] = state["step"].to(self.update.packed.device, torch.float32)
+        self._rate()
+
+    def _prepared_state(self) -> dict[str, Tensor]:
+        packed = self.update.packed
+        state: dict[str, Tensor] = self.state[packed]
+        if not state:
+            state["step"] = torch.zeros((), device=packed.device)
+            state["exp_avg"] = torch.zeros_like(packed)
+            state["exp_avg_sq"] = torch.zeros_like(packed)
+        return state
+
+    def _rate(self) -> Tensor:
+        """The learning rate as a scalar on the device, whatever a user or scheduler made of it."""
+        group, home = self.param_groups[0], self.update.packed.device
+        rate = group["lr"]
+        if not isinstance(rate, Tensor) or rate.device != home or rate.ndim:
+            value = (
+                rate.reshape(())
+                if isinstance(rate, Tensor)
+                else torch.tensor(rate, dtype=self.update.packed.dtype)
+            )
+            group["lr"] = value.to(home)
+        scalar: Tensor = group["lr"]
+        return scalar

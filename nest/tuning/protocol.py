@@ -22,7 +22,7 @@ class Trainable(Protocol):
         ...
 
     def gradients(self) -> Mapping[str, Tensor]:
-        """Gradients by the name of the place they belong to."""
+        """Gradients of all parameters, by the name of the place they belong to."""
         ...
 
     def snapshot(self) -> list[Tensor]:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from nest.errors import ActivationError, TuningStoppedError
+from nest.models.blocks import blocks_of, checkpointed
 from nest.models.chat import Encoder
 from nest.patches.patch import NeuronPatch
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
 from nest.tuning.config import RELATIVE_RATE, TuningConfig
-from nest.tuning.dialogues import prepare
+from nest.tuning.dialogues import Example, MicroBatch, prepare
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
+from nest.tuning.loss import Targets, target_logits
+from nest.tuning.memory import MemoryEstimate, estimate, is_out_of_memory, saved_bytes
 from nest.tuning.optimizer import NeuronAdamW
-from nest.tuning.update import trainable
+from nest.tuning.prefix import FrozenPrefix
+from nest.tuning.update import ClusterUpdate, trainable
+
+# Prefix and model are compared on this many dialogues before anything is learned.
+N_CHECKED = 4
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class TuningResult:
         steps: Optimizer steps done.
         seconds: Wall time of the training loop.
         tokens_per_second: Tokens, padding left out, through training per second.
+        memory: What it was expected to hold.
     """
 
     patch: NeuronPatch
@@ -37,6 +50,7 @@ class TuningResult:
     steps: int
     seconds: float
     tokens_per_second: float
+    memory: MemoryEstimate
 
 
 def tune_update(
@@ -49,6 +63,8 @@ def tune_update(
     config: TuningConfig,
     provenance: dict[str, Any] | None = None,
     progress: ProgressCallback | None = None,
+    notice: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> TuningResult:
     """Train a cluster update to refuse harmful prompts and to go on answering benign ones.
 
@@ -65,48 +81,169 @@ def tune_update(
         config: How.
         provenance: Goes into the patch, beside what tuning itself records.
         progress: Called with stage, steps done, steps in all.
+        notice: Told the memory that will be needed, before the first step.
+        warn: Told what deserves attention; by default a Python warning.
 
     Raises:
-        InputError: dialogues that cannot be trained on.
-        SelectionError: the selection is of another model.
-        ActivationError: the loss or the gradient is not a finite number.
+        InputError: dialogues that cannot be trained on, or no memory for a single one.
+        SelectionError: the selection is of another model, or its weights cannot be written.
+        ActivationError: the loss or the gradient is not a finite number; a `TuningStoppedError`, which
+            carries the result so far, if some step was good before.
 
     Source: arXiv 2602.16835, section 3.5; the KL term after arXiv 2601.23143.
     """
+    if config.layers is not None:
+        selection = selection.in_layers(*config.layers)
     train, validation, n_steps = prepare(encoder, harmful, benign, config)
-    training = [module for module in model.modules() if module.training]
-    with trainable(model, selection, update=config.update, seed=config.seed) as update:
-        try:
-            model.eval()  # dropout would be noise on top of a frozen model
-            device = update.sites[0].weight.device
-            rate = config.learning_rate or RELATIVE_RATE * update.row_scale()
-            optimizer = NeuronAdamW(update, lr=rate, weight_decay=config.weight_decay)
-            loop = TrainingLoop(
-                model, encoder, update, optimizer, device, config, n_steps, progress
-            )
-            loop.run(train, validation)
-        finally:
-            for module in training:
-                module.training = True
-        patch = update.patch(
-            {
-                **(provenance or {}),
-                "tuning": {
-                    "config": {**asdict(config), "learning_rate": rate},
-                    "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
-                    "steps": n_steps,
-                    "best_step": loop.best_step,
-                    "best_validation_loss": loop.best_loss,
-                    "history": [asdict(record) for record in loop.history],
-                },
-                "selection": dict(selection.provenance),
-            }
+    with (
+        _in_eval_mode(model),
+        trainable(
+            model, selection, update=config.update, mode=config.mode, seed=config.seed
+        ) as update,
+    ):
+        rate = config.learning_rate or RELATIVE_RATE * update.row_scale()
+        ask = _Forward(model, update, config, warn)
+        ask.check([*train[:N_CHECKED]], encoder.pad_id)
+        memory = _memory(model, update, ask, [*train, *validation], encoder.pad_id, config)
+        if notice is not None:
+            notice(memory.sentence())
+        optimizer = NeuronAdamW(update, lr=rate, weight_decay=config.weight_decay)
+        loop = TrainingLoop(
+            encoder,
+            update,
+            optimizer,
+            ask,
+            config,
+            n_steps,
+            micro_batch_size=memory.micro_batch_size,
+            progress=progress,
+            warn=warn,
         )
-    return TuningResult(
-        patch=patch,
-        history=tuple(loop.history),
-        best_step=loop.best_step,
-        steps=n_steps,
-        seconds=loop.seconds,
-        tokens_per_second=loop.n_tokens / max(loop.seconds, 1e-9),
+
+        def result() -> TuningResult:
+            record = {
+                "config": {**asdict(config), "learning_rate": rate},
+                "micro_batch_size": loop.micro_batch_size,
+                "prefix_cached": ask.prefix is not None,
+                "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
+                "steps": n_steps,
+                "best_step": loop.best_step,
+                "best_validation_loss": loop.best_loss,
+                "history": [asdict(entry) for entry in loop.history],
+            }
+            own = {"tuning": record, "selection": dict(selection.provenance)}
+            return TuningResult(
+                patch=update.patch({**(provenance or {}), **own}),
+                history=tuple(loop.history),
+                best_step=loop.best_step,
+                steps=n_steps,
+                seconds=loop.seconds,
+                tokens_per_second=loop.n_tokens / max(loop.seconds, 1e-9),
+                memory=memory,
+            )
+
+        try:
+            loop.run(train, validation)
+        except ActivationError as fault:
+            if loop.best_step == 0:
+                raise ActivationError(f"{fault}; no step was good, nothing was written") from fault
+            raise TuningStoppedError(
+                f"{fault}; step {loop.best_step} was good", result()
+            ) from fault
+        return result()
+
+
+class _Forward:
+    """The forward pass on a micro-batch: from the lowest tuned block on, if the rest is cached."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        update: ClusterUpdate,
+        config: TuningConfig,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.model, self.device, self._warn = model, update.packed.device, warn
+        self.prefix: FrozenPrefix | None = None
+        blocks = blocks_of(model, [part.site for part in update.selection.sites])
+        self._checkpointed: Sequence[nn.Module] = ()
+        if config.checkpointing:
+            if blocks is None:
+                warn("checkpointing has no effect: the tuned sites are not in one list of blocks")
+            else:
+                self._checkpointed = blocks.modules[blocks.lowest :]
+        if config.cache_prefix and blocks is not None and blocks.lowest > 0:
+            self.prefix = FrozenPrefix(model, blocks, self.device, warn=warn)
+
+    def __call__(self, micro_batch: MicroBatch) -> Targets:
+        with ExitStack() as stack:
+            if self.prefix is not None:
+                stack.enter_context(self.prefix.skipped(micro_batch))
+            stack.enter_context(checkpointed(self._checkpointed))
+            return target_logits(self.model, micro_batch.batch, self.device)
+
+    def check(self, examples: Sequence[Example], pad_id: int) -> None:
+        """Leave the prefix out where the model does not compute the same from it."""
+        if self.prefix is None:
+            return
+        micro_batch = MicroBatch.of(examples, pad_id)
+
+        def logits(asked: MicroBatch) -> torch.Tensor:
+            return target_logits(self.model, asked.batch, self.device).logits
+
+        if not self.prefix.agrees(micro_batch, logits):
+            self.prefix = None
+            self._warn(
+                "this model's blocks look back past the one below them: the frozen blocks are run in "
+                "every step"
+            )
+
+
+def _memory(
+    model: nn.Module,
+    update: ClusterUpdate,
+    ask: _Forward,
+    examples: Sequence[Example],
+    pad_id: int,
+    config: TuningConfig,
+) -> MemoryEstimate:
+    """Measured on the longest dialogue; where even that does not fit, the loop will say so."""
+    longest = max(examples, key=lambda example: len(example.ids))
+    micro_batch = MicroBatch.of([longest], pad_id)
+    sizes: list[int] = []
+
+    def run() -> Targets:
+        found = ask(micro_batch)
+        sizes.append(4 * found.logits.numel())
+        return found
+
+    try:
+        activations = saved_bytes(model, run)
+    except (RuntimeError, MemoryError) as fault:
+        if not is_out_of_memory(fault):
+            raise
+        activations = 0
+    packed = update.packed
+    rows = sum(site.originals.numel() * site.originals.element_size() for site in update.rows)
+    return estimate(
+        model=model,
+        # parameters, gradient and two moments
+        update_bytes=4 * packed.numel() * packed.element_size() + rows,
+        activation_bytes=activations,
+        logit_bytes=sum(sizes),
+        batch_size=config.batch_size,
+        device=ask.device,
+        micro_batch_size=config.micro_batch_size,
     )
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout would be noise on top of a frozen model; afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

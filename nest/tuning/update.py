@@ -1,4 +1,4 @@
-"""The cluster update on live weights: after each step the model's own rows carry it."""
+"""The cluster update on a frozen model: in the model's own rows, or as a branch beside them."""
 
 from __future__ import annotations
 
@@ -6,159 +6,229 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nest.errors import InputError, SelectionError
-from nest.models.fingerprint import fingerprint
-from nest.models.sites import read_rows, site_module, site_weight, write_rows
+from nest.models.fingerprint import config_hash, fingerprint
+from nest.models.sites import neuron_view, read_rows, site_module, site_weight, write_rows
 from nest.patches.patch import NeuronPatch
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
-from nest_kernels.cluster_grad import cluster_gradients
-from nest_kernels.neuron_adamw import updated_rows
+from nest.tuning.attach import AddBranch, Part, SplitUpdate, ThroughRows
+from nest.tuning.config import UpdateMode
+from nest_kernels.cluster_grad import Members
+from nest_kernels.neuron_adamw import SiteRows, SiteTable, write_updated_rows
+
+PARAMETER = "nest_update"
+"""Name of the packed parameters in the model while an update is trainable."""
 
 # Loadings start at one plus this much noise: all equal, they would be the shared form.
 LOADING_NOISE = 0.01
 _MARK = "_nest_update"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SiteUpdate:
     """The part of an update that lives at one site.
 
     Attributes:
         part: The chosen neurons.
-        weight: The model's own tensor.
-        original: Its rows before any update, (N, D), in the weight's dtype.
-        vectors: U of the site's group, (K, D), a view of the packed parameters.
-        loadings: s, (N,), a view of the packed parameters; None in the shared form.
-        columns: The neurons' columns in the module's output, (N,).
-        clusters: Their clusters, (N,), on the weight's device.
+        module: Whose output they are.
+        vectors: U of the site's group, (K, D): shares its memory with the packed parameters, and
+            sends them its gradient.
+        loadings: s, (N,), likewise; None in the shared form.
+        members: The neurons as columns of the module's output.
+        rows: The neurons as rows of the module's weight; None in branch mode.
     """
 
     part: SiteSelection
-    weight: Tensor
-    original: Float[Tensor, "N D"]
+    module: nn.Module
     vectors: Float[Tensor, "K D"]
     loadings: Float[Tensor, " N"] | None
-    columns: Int[Tensor, " N"]
-    clusters: Int[Tensor, " N"]
+    members: Members
+    rows: SiteRows | None
 
 
 class ClusterUpdate:
-    """U (and s) of every site, packed in one fp32 buffer, and the rows that carry them.
+    """U (and s) of every site, packed in one fp32 tensor, and the model that runs with them.
 
-    Made by `trainable`. The gradient of the packed parameters gathers in `packed.grad`, and stays
-    there until the optimizer clears it.
+    Made by `trainable`. Inside its block the packed parameters are the model's only trainable
+    parameter, named `nest_update`: `model.zero_grad()`, `model.parameters()` and whatever clips,
+    reduces or saves by them (transformers' Trainer, accelerate) find it there.
 
     Attributes:
+        model: Which carries the update.
         selection: The neurons.
         form: `shared` or `loaded`.
-        packed: All vectors, then all loadings, fp32 (P,): the one trainable parameter.
+        mode: `live` or `branch`.
+        packed: All vectors, then all loadings, (P,): the one trainable parameter.
         n_vector_parameters: How many of them belong to vectors.
         sites: The update, site by site.
     """
 
     def __init__(
-        self, model: nn.Module, selection: NeuronSelection, form: UpdateForm, seed: int
+        self,
+        model: nn.Module,
+        selection: NeuronSelection,
+        form: UpdateForm,
+        mode: UpdateMode,
+        seed: int,
+        dtype: torch.dtype,
     ) -> None:
-        self.model = model
-        self.selection = selection
-        self.form = form
+        self.model, self.selection, self.form, self.mode = model, selection, form, mode
         self.n_vector_parameters = selection.trainable_parameters("shared")
         n = selection.trainable_parameters(form)
-        device = site_weight(model, selection.sites[0].site).device
-        values = torch.zeros(n, dtype=torch.float32)
+        values = torch.zeros(n, dtype=dtype)
         if form == "loaded":
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(n - self.n_vector_parameters, generator=generator)
             values[self.n_vector_parameters :] = 1.0 + LOADING_NOISE * noise
-        self.packed = nn.Parameter(values.to(device))
-        self.packed.grad = torch.zeros_like(self.packed)
-        self._leaves: dict[str, nn.Parameter] = {}
+        home = _device_of(site_module(model, selection.sites[0].site), model)
+        self.packed = nn.Parameter(values.to(home))
+        self._vector_parts, self._loading_parts = self._partition()
         self.sites = tuple(self._site_updates())
+        self._rows = SiteTable(site.rows for site in self.sites if site.rows is not None)
+        self._places = [
+            (weight, weight.data_ptr())
+            for site in self.sites
+            if isinstance(weight := getattr(site.module, site.part.site.tensor, None), Tensor)
+        ]
+        self._attached = True
+
+    def _partition(self) -> tuple[dict[str, Part], dict[str, Part]]:
+        """Where each group's vectors and each site's loadings stand; together all of the buffer."""
+        first, vectors, loadings = 0, {}, {}
+        for group, (n_clusters, width) in self.selection.groups.items():
+            vectors[group] = Part(first, (n_clusters, width))
+            first += n_clusters * width
+        for part in self.selection.sites if self.form == "loaded" else ():
+            loadings[part.site.name] = Part(first, (part.neurons.numel(),))
+            first += part.neurons.numel()
+        assert first == self.packed.numel()
+        return vectors, loadings
 
     def _site_updates(self) -> Iterator[SiteUpdate]:
-        first = 0
-        for group, (n_clusters, width) in self.selection.groups.items():
-            self._leaves[group] = self._view(first, (n_clusters, width))
-            first += n_clusters * width
+        names = [*self._vector_parts, *self._loading_parts]
+        parts = (*self._vector_parts.values(), *self._loading_parts.values())
+        slices: tuple[Tensor, ...] = SplitUpdate.apply(self.packed, parts)
+        vectors = dict(zip(names[: len(self._vector_parts)], slices, strict=False))
+        loadings = dict(
+            zip(names[len(vectors) :], slices[len(vectors) :], strict=True)
+        )  # a site may be its own group: the names of both kinds overlap
         for part in self.selection.sites:
-            weight = site_weight(self.model, part.site)
-            loadings = None
-            if self.form == "loaded":
-                loadings = self._view(first, (part.neurons.numel(),))
-                first += part.neurons.numel()
+            module = site_module(self.model, part.site)
+            home = _device_of(module, self.model)
             yield SiteUpdate(
                 part=part,
-                weight=weight,
-                original=read_rows(weight, part.site, part.neurons),
-                vectors=self._leaves[part.group],
-                loadings=loadings,
-                columns=(part.neurons + part.site.offset).to(weight.device),
-                clusters=part.clusters.to(weight.device),
+                module=module,
+                vectors=vectors[part.group],
+                loadings=loadings.get(part.site.name),
+                members=Members.of(
+                    (part.neurons + part.site.offset).to(home),
+                    part.clusters.to(home),
+                    part.n_clusters,
+                ),
+                rows=self._site_rows(part) if self.mode == "live" else None,
             )
-        assert first == self.packed.numel()  # the views are an exact partition of the buffer
 
-    def _view(self, first: int, shape: tuple[int, ...]) -> nn.Parameter:
-        """A leaf that shares its memory, and its gradient's, with the packed buffers."""
-        assert self.packed.grad is not None
-        last = first + torch.Size(shape).numel()
-        leaf = nn.Parameter(self.packed.data[first:last].view(shape))
-        leaf.grad = self.packed.grad[first:last].view(shape)
-        return leaf
+    def _site_rows(self, part: SiteSelection) -> SiteRows:
+        weight = site_weight(self.model, part.site)
+        loading = self._loading_parts.get(part.site.name)
+        return SiteRows(
+            weight=neuron_view(weight, part.site),
+            neurons=part.neurons.to(weight.device),
+            originals=read_rows(weight, part.site, part.neurons),
+            clusters=part.clusters.to(self.packed.device),
+            n_clusters=part.n_clusters,
+            first_vector=self._vector_parts[part.group].first,
+            first_loading=None if loading is None else loading.first,
+        )
+
+    @property
+    def rows(self) -> SiteTable:
+        """The model's rows that an optimizer step writes; none in branch mode."""
+        return self._rows
 
     def row_scale(self) -> float:
-        """Root mean square of the selected rows as they were before the update."""
-        squares = sum(float(site.original.float().square().sum()) for site in self.sites)
-        return math.sqrt(squares / sum(site.original.numel() for site in self.sites))
+        """Root mean square of the selected rows as they were before the update.
+
+        Raises:
+            InputError: in branch mode weights cannot be read; give a learning rate.
+        """
+        if not self._rows:
+            parts = [(site.part, site.module) for site in self.sites]
+            if not all(_is_plain(getattr(module, p.site.tensor, None)) for p, module in parts):
+                raise InputError(
+                    "the weights are quantised or elsewhere, so that no learning rate can be derived "
+                    "from them; give one (--learning-rate)"
+                )
+            rows = [read_rows(getattr(m, p.site.tensor), p.site, p.neurons) for p, m in parts]
+        else:
+            rows = [site.originals for site in self._rows]
+        squares = sum(float(values.float().square().sum()) for values in rows)
+        return math.sqrt(squares / sum(values.numel() for values in rows))
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer gets: the packed parameter alone."""
         return [self.packed]
 
-    @torch.no_grad()
-    def zero_grad(self) -> None:
-        """Clear the gradient in place; the views stay views."""
-        assert self.packed.grad is not None
-        self.packed.grad.zero_()
-
     def gradients(self) -> dict[str, Float[Tensor, "K D"]]:
-        """Gradient of the vectors by group (which is the site's name unless clusters span a layer)."""
-        return {
-            group: leaf.grad.clone()
-            for group, leaf in self._leaves.items()
-            if leaf.grad is not None
-        }
+        """Gradient of the vectors by group (which is the site's name unless clusters span a layer).
 
-    @torch.no_grad()
+        Empty before the first backward pass and after gradients were set to None.
+        """
+        return self._slices(self._vector_parts, self.packed.grad)
+
+    def loading_gradients(self) -> dict[str, Float[Tensor, " N"]]:
+        """Gradient of the loadings by site; empty in the shared form."""
+        return self._slices(self._loading_parts, self.packed.grad)
+
+    @staticmethod
+    def _slices(parts: Mapping[str, Part], packed: Tensor | None) -> dict[str, Tensor]:
+        if packed is None:
+            return {}
+        return {name: part.of(packed.detach()).clone() for name, part in parts.items()}
+
+    def check_weights(self) -> None:
+        """Refuse to go on where the model's weights are no longer those that were prepared.
+
+        Raises:
+            SelectionError: a site's tensor was replaced or moved; names it.
+        """
+        for site, (weight, address) in zip(self.sites, self._places, strict=False):
+            current = getattr(site.module, site.part.site.tensor, None)
+            if current is not weight or weight.data_ptr() != address:
+                raise SelectionError(
+                    f"{site.part.site.parameter} was replaced or moved while its update was being "
+                    "trained; put the model on its device and into its dtype before nest.trainable"
+                )
+
     def write(self) -> None:
-        """Put cast(W0 + s U[c]) into the model's rows."""
-        for site in self.sites:
-            device = site.weight.device
-            loadings = None if site.loadings is None else site.loadings.to(device)
-            rows = updated_rows(site.original, site.vectors.to(device), site.clusters, loadings)
-            write_rows(site.weight, site.part.site, site.part.neurons, rows)
+        """Put cast(W0 + s U[c]) into the model's rows; nothing to do in branch mode."""
+        write_updated_rows(self._rows, self.packed.detach())
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the original rows back, bit for bit."""
-        for site in self.sites:
-            write_rows(site.weight, site.part.site, site.part.neurons, site.original)
+        """Put the original rows back, bit for bit, wherever the weights are by now."""
+        for site, rows in zip(self.sites, self._rows, strict=False):
+            place = site.part.site
+            write_rows(getattr(site.module, place.tensor), place, rows.neurons, rows.originals)
 
     @contextmanager
     def removed(self) -> Iterator[None]:
         """The base model for the time of the block."""
         try:
+            self._attached = False
             self.restore()
             yield
         finally:
             self.write()
+            self._attached = True
 
     def snapshot(self) -> list[Tensor]:
         """A copy of all vectors and loadings."""
@@ -171,62 +241,76 @@ class ClusterUpdate:
         self.packed.copy_(packed)
         self.write()
 
-    def patch(self, provenance: Mapping[str, Any] | None = None) -> NeuronPatch:
-        """The update as it stands, frozen; the model is not changed by this."""
-        vectors = {group: leaf.detach().cpu().clone() for group, leaf in self._leaves.items()}
-        loadings = None
-        if self.form == "loaded":
-            loadings = {
-                site.part.site.name: site.loadings.detach().cpu().clone()
-                for site in self.sites
-                if site.loadings is not None
-            }
-        with self.removed():
+    def patch(
+        self, provenance: Mapping[str, Any] | None = None, *, base: nn.Module | None = None
+    ) -> NeuronPatch:
+        """The update as it stands, frozen; the model is not changed by this.
+
+        Args:
+            provenance: Goes into the patch.
+            base: The model that the patch is for, where it is not the one that was trained: the
+                unquantised checkpoint after training in branch mode on its quantised copy.
+
+        Raises:
+            SelectionError: the trained model's weights cannot be read, and no `base` was given.
+            InputError: the update was trained in fp64.
+        """
+        if self.packed.dtype != torch.float32:
+            raise InputError(
+                f"a patch holds fp32 and the update is {self.packed.dtype}; leave out "
+                "nest.trainable(dtype=...), which is for checking gradients"
+            )
+        for site in self.sites if base is None else ():
+            if not _is_plain(getattr(site.module, site.part.site.tensor, None)):
+                raise SelectionError(
+                    f"{site.part.site.parameter} is quantised or elsewhere: a patch changes plain "
+                    "weights; pass the unquantised model as update.patch(base=model)"
+                )
+        vectors = self._slices(self._vector_parts, self.packed)
+        loadings = self._slices(self._loading_parts, self.packed)
+        with self.removed(), self._unregistered():
             return NeuronPatch.create(
-                self.model,
+                self.model if base is None else base,
                 self.selection,
-                vectors=vectors,
-                loadings=loadings,
+                vectors={name: values.cpu() for name, values in vectors.items()},
+                loadings={name: values.cpu() for name, values in loadings.items()} or None,
                 provenance=dict(provenance or {}),
             )
 
+    # --- in the model -----------------------------------------------------------------------------
 
-class _ThroughRows(torch.autograd.Function):
-    """Identity on a projection's output that sends the update its gradients.
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Register the packed parameter and one hook a site; `trainable` undoes both."""
+        self.model.register_parameter(PARAMETER, self.packed)
+        function = ThroughRows if self.mode == "live" else AddBranch
+        return [
+            site.module.register_forward_hook(self._hook(site, function)) for site in self.sites
+        ]
 
-    The output already carries the update, because the weight's rows do; the frozen projection's own
-    backward gives the input's gradient.
-    """
+    def _hook(
+        self, site: SiteUpdate, function: type[torch.autograd.Function]
+    ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def apply(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            # Rows carry the update by themselves; only a backward pass needs more.
+            needed = self.mode == "branch" or torch.is_grad_enabled()
+            if not needed or not self._attached:
+                return None
+            attached: Tensor = function.apply(
+                output, inputs[0], site.vectors, site.loadings, site.members
+            )
+            return attached
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        inputs: Tensor,
-        vectors: Tensor,
-        loadings: Tensor | None,
-        columns: Tensor,
-        clusters: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, vectors, loadings, columns, clusters)
-        return output.view_as(output)
+        return apply
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        inputs, vectors, loadings, columns, clusters = ctx.saved_tensors
-        home = vectors.device
-        grad_vectors, grad_loadings = cluster_gradients(
-            rearrange(grad, "... f -> (...) f"),
-            rearrange(inputs.detach(), "... d -> (...) d"),
-            vectors.to(grad.device),
-            columns,
-            clusters,
-            None if loadings is None else loadings.to(grad.device),
-        )
-        if grad_loadings is not None:
-            grad_loadings = grad_loadings.to(home)
-        return grad, None, grad_vectors.to(home), grad_loadings, None, None
+    @contextmanager
+    def _unregistered(self) -> Iterator[None]:
+        """Without the packed parameter, which is no part of the model's architecture."""
+        registered = self.model._parameters.pop(PARAMETER, None)
+        try:
+            yield
+        finally:
+            if registered is not None:
+                self.model.register_parameter(PARAMETER, registered)
 
 
 @contextmanager
@@ -235,39 +319,46 @@ def trainable(
     selection: NeuronSelection,
     *,
     update: UpdateForm = "loaded",
+    mode: UpdateMode = "live",
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[ClusterUpdate]:
     """Make a selection's cluster update trainable in any loop for the time of the block.
 
-    Every parameter of the model is frozen; the forward pass runs the model's own modules on rows that
-    carry the update, and backward leaves the update's gradient in `update.packed.grad`. After the
-    block the model is bit for bit as it was; take `update.patch()` before it ends.
+    Every parameter of the model is frozen; the forward pass runs the model's own modules with the
+    update in them, and backward leaves the update's gradient in `update.packed.grad`. After the block
+    the model is bit for bit as it was; take `update.patch()` before it ends.
 
     Args:
-        model: Any module; its selected rows change while the block lasts.
-        selection: Of this very model.
+        model: Any module; in live mode its selected rows change while the block lasts.
+        selection: Of this very model; in branch mode also of the model it is a quantised copy of.
         update: `shared` (the paper's form) or `loaded` (a learned scalar a neuron).
+        mode: `live` (default) trains on the rows themselves, so that training and the folded
+            checkpoint run the same bits. `branch` adds y[..., rows] += s (x U^T)[..., cluster] and
+            writes no weight: for quantised, offloaded or sharded weights.
         seed: Of the loadings' start.
+        dtype: Of vectors, loadings, gradient and moments: float32, or float64 to check gradients.
 
     Raises:
-        SelectionError: the selection belongs to another model, or rows are on the meta device.
-        InputError: the model carries a trainable update already, or an unknown form.
+        SelectionError: the selection belongs to another model, or weights cannot be written.
+        InputError: the model carries a trainable update already, or an unknown setting.
     """
-    if update not in ("shared", "loaded"):
-        raise InputError(f"update is {update!r}; choose shared or loaded")
-    if hasattr(model, _MARK):
+    _check_settings(update, mode, dtype)
+    modules = {site_module(model, part.site): None for part in selection.sites}
+    if any(hasattr(module, _MARK) for module in modules) or hasattr(model, PARAMETER):
         raise InputError("this model has a trainable update already; leave that block first")
+    if mode == "live":
+        _check_writable(model, selection)
     _check_same_model(model, selection)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    live = ClusterUpdate(model, selection, update, seed)
+    live = ClusterUpdate(model, selection, update, mode, seed, dtype)
     try:
-        setattr(model, _MARK, True)
+        for module in modules:
+            setattr(module, _MARK, True)
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for site in live.sites:
-            module = site_module(model, site.part.site)
-            handles.append(module.register_forward_hook(_hook(site)))
+        handles += live.attach()
         yield live
     finally:
         for handle in handles:
@@ -275,33 +366,65 @@ def trainable(
         live.restore()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        if hasattr(model, _MARK):
-            delattr(model, _MARK)
+        model._parameters.pop(PARAMETER, None)
+        for module in modules:
+            if hasattr(module, _MARK):
+                delattr(module, _MARK)
 
 
-def _hook(site: SiteUpdate) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-    def attach(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
-            return None
-        attached: Tensor = _ThroughRows.apply(
-            output, inputs[0], site.vectors, site.loadings, site.columns, site.clusters
-        )
-        return attached
+def _check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
+    if update not in ("shared", "loaded"):
+        raise InputError(f"update is {update!r}; choose shared or loaded")
+    if mode not in get_args(UpdateMode):
+        raise InputError(f"mode is {mode!r}; choose live or branch")
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(f"dtype is {dtype}; an update is trained in torch.float32 or float64")
 
-    return attach
+
+def _check_writable(model: nn.Module, selection: NeuronSelection) -> None:
+    for part in selection.sites:
+        weight = getattr(site_module(model, part.site), part.site.tensor, None)
+        if isinstance(weight, Tensor) and not _is_plain(weight):
+            what = "on the meta device" if weight.device.type == "meta" else f"{weight.dtype}"
+            if type(weight) not in (Tensor, nn.Parameter):
+                what += f", a {type(weight).__name__}"
+            raise SelectionError(
+                f"{part.site.parameter} is {what}: its rows cannot be written. Load the model "
+                "unquantised and with its weights in memory, or train with mode='branch' "
+                "(nest tune --mode branch)"
+            )
 
 
 def _check_same_model(model: nn.Module, selection: NeuronSelection) -> None:
-    for part in selection.sites:
-        weight = site_weight(model, part.site)
-        if weight.device.type == "meta":
-            raise SelectionError(
-                f"{part.site.parameter} has no values (it is on the meta device); load the model with "
-                "its weights in memory"
-            )
-    found = fingerprint(model, [part.site for part in selection.sites])
-    if found != selection.base:
+    """Same architecture, and the same bits in every weight that can be read."""
+    readable = [
+        part.site
+        for part in selection.sites
+        if _is_plain(getattr(site_module(model, part.site), part.site.tensor, None))
+    ]
+    found = fingerprint(model, readable).tensors if readable else {}
+    same_bits = all(found[name] == selection.base.tensors.get(name) for name in found)
+    if not same_bits or config_hash(model) != selection.base.config_hash:
         raise SelectionError(
             "the selection was made on another model, or on this one before its weights changed; run "
             "`nest select` on this model"
         )
+
+
+def _is_plain(weight: object) -> bool:
+    """Whether a weight's rows can be read and written: in memory, whole and in a float format."""
+    return (
+        isinstance(weight, Tensor)
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.device.type != "meta"
+        and weight.dtype in _FLOATS
+        and weight.ndim == 2
+    )
+
+
+def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
+    """Where a module computes: its own weights' device, or that of the model's where it has none."""
+    for parameter in (*module.parameters(recurse=False), *model.parameters()):
+        if parameter.device.type != "meta":
+            return parameter.device
+    return torch.device("cpu")

@@ -31,10 +31,12 @@ class Finished:
 
     @property
     def error(self) -> str:
-        """The one line on stderr, after what the stages warned of."""
+        """The one line on stderr, after what the stages noted and warned of."""
         assert self.code == 1, (self.code, self.out, self.err)
         assert not self.out
-        lines = [line for line in self.err.splitlines() if not line.startswith("warning: ")]
+        lines = [
+            line for line in self.err.splitlines() if not line.startswith(("warning: ", "memory: "))
+        ]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("error: ")
         return lines[0].removeprefix("error: ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,6 +261,9 @@ def test_an_output_that_exists(kind: str, world: World, nest: Nest, work: Path) 
         ("dtype", "int3", "unknown dtype 'int3'"),
         ("device", "abacus", "unknown device 'abacus'"),
         ("z", "nan", "z_threshold is nan"),
+        ("layers", "1", "--layers is '1'; it must be A:B"),
+        ("layers", "1:1", "layers is 1:1; the first must be below the end"),
+        ("layers", "7:", "no sites in layers 7:1000000; its layers are 0 to 1"),
     ],
 )
 def test_options_out_of_range(
@@ -275,6 +279,36 @@ def test_unknown_choices_are_reported_together(world: World, work: Path) -> None
     for value in options[1::2]:
         assert f"is '{value}'; choose" in said
     assert not (work.parent / "out").exists()
+
+
+def test_tuning_refuses_layers_and_modes_that_are_not_there(
+    world: World, nest: Nest, work: Path
+) -> None:
+    said = refused(nest, [*tuning(world, work), "--layers", "5:9"], work)
+    assert "has no neurons in layers 5:9; it has some in 0, 1" in said
+    said = as_user(*tuning(world, work), "--mode", "trunk").error
+    assert "mode is 'trunk'; choose live or branch" in said
+
+
+def test_numbers_that_go_bad_keep_the_last_good_step(
+    world: World, nest: Nest, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nest.tuning import loss
+
+    whole, steps = loss.tuning_loss, []
+
+    def poisoned(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        value = whole(logits, *args, **kwargs)
+        steps.extend([1] * value.requires_grad)
+        return value * float("nan") if len(steps) > 4 else value
+
+    monkeypatch.setattr("nest.tuning.loop.tuning_loss", poisoned)
+    said = nest(*tuning(world, work), "--validate-every", 2, "--json").error
+    assert "at step 5 the loss is nan" in said and "layers.0.mlp" in said
+    kept = work.parent / "out-step-4"
+    assert f"step 4 was good: its patch is in {kept}" in said
+    assert nest("verify", "--model", world.model, "--patch", kept, "--json").json["ok"]
+    assert sorted(path.name for path in work.parent.iterdir()) == ["input", "out-step-4"]
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

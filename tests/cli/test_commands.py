@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import World
-from driver import COMMANDS, Nest, as_user, everything_under, select_arguments
+from driver import COMMANDS, Nest, as_user, everything_under, select_arguments, tune_arguments
 from tiny_models import save_checkpoint
 
 import nest as package
@@ -223,6 +223,29 @@ def test_overwriting_has_to_be_asked_for(world: World, nest: Nest, tmp_path: Pat
     said = nest(*select_arguments(world.model, world.data, tmp_path / "mine"), "--overwrite").error
     assert "not overwritten" in said
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_tuning_in_branch_mode_on_some_layers_with_less_memory(
+    world: World, nest: Nest, tmp_path: Path
+) -> None:
+    arguments = tune_arguments(world.model, world.selection, world.data, tmp_path / "patch")
+    options = ("--mode", "branch", "--layers", "1:", "--checkpointing", "--no-cache-prefix")
+    done = nest(*arguments, *options, "--micro-batch-size", 3, "--json")
+    assert done.json["memory_estimate_bytes"] > 0
+    assert done.err.startswith("memory: weights ") and "3 dialogues at a time" in done.err
+    patch = NeuronPatch.load(tmp_path / "patch")
+    assert {part.site.layer for part in patch.selection.sites} == {1}
+    config = patch.provenance["tuning"]["config"]
+    assert (config["mode"], config["checkpointing"], config["layers"][0]) == ("branch", True, 1)
+    assert patch.provenance["tuning"]["prefix_cached"] is False
+    assert not nest(*arguments, "--overwrite", "--quiet", "--json").err
+
+
+def test_selecting_in_some_layers(world: World, nest: Nest, tmp_path: Path) -> None:
+    arguments = select_arguments(world.model, world.data, tmp_path / "selection")
+    nest(*arguments, "--layers", ":1", "--json").json  # noqa: B018 - checks the exit code
+    selection = NeuronSelection.load(tmp_path / "selection")
+    assert {part.site.layer for part in selection.sites} == {0}
 
 
 def test_a_dtype_can_be_asked_for(nest: Nest, world: World, tmp_path: Path) -> None:

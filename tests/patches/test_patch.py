@@ -86,8 +86,9 @@ def test_each_wrong_state_has_its_sentence(model: nn.Module, patch: NeuronPatch)
 
 def test_a_model_that_differs_in_one_bit_is_refused(model: nn.Module, patch: NeuronPatch) -> None:
     weight = model.model.layers[0].mlp.gate_proj.weight
+    row = int(patch.selection.sites[0].neurons[0])
     with torch.no_grad():
-        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+        weight[row, 0] = torch.nextafter(weight[row, 0], torch.tensor(9.0))
     with pytest.raises(PatchError, match=r"1 of 4 .*layers\.0\.mlp\.gate_proj"):
         patch.fold_into(model)
 
@@ -98,7 +99,13 @@ def test_damaged_revert_bits_leave_the_model_as_it_was(
     names = list(patch.revert_bits)
     swapped = {**patch.revert_bits, names[0]: patch.revert_bits[names[1]]}
     bad = NeuronPatch(
-        patch.selection, patch.vectors, patch.loadings, patch.base, patch.folded, swapped
+        patch.selection,
+        patch.vectors,
+        patch.loadings,
+        patch.base,
+        patch.folded,
+        swapped,
+        patch.row_checksums,
     )
     patch.fold_into(model)
     folded = state(model)
@@ -186,7 +193,13 @@ def test_damaged_vectors_are_never_put_in(
     group = next(iter(patch.vectors))
     vectors = {**patch.vectors, group: patch.vectors[group] + 0.5}
     bad = NeuronPatch(
-        patch.selection, vectors, patch.loadings, patch.base, patch.folded, patch.revert_bits
+        patch.selection,
+        vectors,
+        patch.loadings,
+        patch.base,
+        patch.folded,
+        patch.revert_bits,
+        patch.row_checksums,
     )
     before = state(model)
     with pytest.raises(PatchError, match="did not come out as the patch recorded"):

@@ -22,11 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import nest
-from nest.errors import ActivationError, InputError, SelectionError
+from nest.errors import ActivationError, InputError, SelectionError, TuningStoppedError
 from nest.prompts.prompt_set import from_values
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import encode_dialogues, split_validation
 from nest.tuning.loop import learning_rate_factor
+from nest.tuning.prefix import FrozenPrefix, HiddenStates
 from nest.tuning.tune import TuningResult, tune_update
 
 QUICK: dict[str, Any] = {
@@ -266,3 +267,193 @@ def test_configs_report_all_faults_together() -> None:
         TuningConfig(batch_size=0, clip=-1.0, validation=1.0, max_steps=0)
     for name in ("batch_size", "clip", "validation", "max_steps"):
         assert f"{name} is" in str(raised.value)
+
+
+# --- layers, prefix, checkpointing, modes ---------------------------------------------------------
+
+
+def same_training(first: TuningResult, second: TuningResult, rel: float) -> None:
+    losses = [[record.validation_loss for record in r.history] for r in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=rel)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("form", ["shared", "loaded"])
+def test_branch_mode_learns_the_same(form: str) -> None:
+    settings = {"update": form, "learning_rate": 0.02}
+    # fp32 buffers; in branch mode the sum with U is taken at the output
+    same_training(
+        tuned(build().double(), **settings),
+        tuned(build().double(), mode="branch", **settings),
+        1e-4,
+    )
+
+
+def test_checkpointing_changes_nothing() -> None:
+    first, second = tuned(build()), tuned(build(), checkpointing=True)
+    assert [r.validation_loss for r in first.history] == [r.validation_loss for r in second.history]
+    assert second.memory.activations < first.memory.activations
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("bound_bytes", [2**30, 0])
+def test_the_frozen_prefix_is_run_once_a_dialogue(
+    family: str, bound_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        FrozenPrefix.__init__, "__kwdefaults__", {"bound_bytes": bound_bytes}, raising=True
+    )
+    results, runs = [], []
+    for cached in (True, False):
+        model = build(family).double()
+        count = {"below": 0}
+        inner = model.get_submodule(choose(model, family).sites[0].site.module)
+        inner.register_forward_hook(
+            lambda _m, _a, output, c=count: c.update(below=c["below"] + output.numel())
+        )
+        results.append(
+            tune_update(
+                model,
+                encoder_of(model),
+                choose(model, family),
+                harmful=from_values(HARMFUL),
+                benign=from_values(BENIGN),
+                config=TuningConfig(**{**QUICK, "layers": (1, 2), "cache_prefix": cached}),
+            )
+        )
+        runs.append(count["below"])
+        assert all("forward" not in module.__dict__ for module in model.modules())
+    same_training(*results, rel=1e-6)
+    assert results[0].patch.provenance["tuning"]["prefix_cached"]
+    assert {part.site.layer for part in results[0].patch.selection.sites} == {1}
+    # each of 48 dialogues once, against 12 steps of 16, 4 validations and the base's passes
+    assert runs[0] < 0.3 * runs[1]
+
+
+def test_a_model_that_looks_back_past_the_cache_is_run_whole() -> None:
+    model = build()
+    first, second = model.model.layers
+    kept: dict[str, Any] = {"mlp": 0.0}
+    first.mlp.register_forward_hook(lambda _m, _a, output: kept.update(mlp=output))
+    second.mlp.register_forward_hook(lambda _m, _a, output: output + kept["mlp"])
+    warned: list[str] = []
+    result = tune_update(
+        model,
+        encoder_of(model),
+        choose(model),
+        harmful=from_values(HARMFUL),
+        benign=from_values(BENIGN),
+        config=TuningConfig(**{**QUICK, "layers": (1, 2)}),
+        warn=warned.append,
+    )
+    assert not result.patch.provenance["tuning"]["prefix_cached"]
+    assert any("look back" in text for text in warned)
+
+
+def test_hidden_states_outlive_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    states = HiddenStates(0, warned.append)
+    examples = encode_dialogues(encoder_of(build()), from_values(HARMFUL[:3]), benign=False)
+    values = [torch.randn(len(e.ids), 4).to(torch.bfloat16) for e in examples]
+    states.add(examples[0], values[0])
+    assert torch.equal(states.get(examples[0]), values[0])
+
+    class Full:
+        def seek(self, *_args: int) -> int:
+            return 0
+
+        def write(self, _data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    held, states._file = states._file, Full()
+    for example, value in zip(examples[1:], values[1:], strict=True):
+        states.add(example, value)
+    states._file = held
+    assert len(warned) == 1 and "No space left" in warned[0]
+    assert examples[0] in states and examples[1] not in states
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["cuda", "cpu"])
+def test_a_step_without_memory_is_taken_in_halves(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nest.tuning import loss
+
+    whole, calls = loss.tuning_loss, []
+    error = {
+        "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    }[fault]
+
+    def limited(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(logits))
+        if len(logits) > 40 and len(calls) > 4:
+            raise error
+        return whole(logits, *args, **kwargs)
+
+    expected = tuned(build().double(), learning_rate=0.02)
+    monkeypatch.setattr("nest.tuning.loop.tuning_loss", limited)
+    with pytest.warns(UserWarning, match="out of memory: going on with"):
+        result = tuned(build().double(), learning_rate=0.02)
+    same_training(expected, result, 1e-4)
+    assert result.patch.provenance["tuning"]["micro_batch_size"] < 16
+
+
+def test_no_memory_for_a_single_dialogue_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_args: Any, **_kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("nest.tuning.loop.tuning_loss", never)
+    model = build()
+    before = state_of(model)
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(InputError, match=r"single dialogue.*--checkpointing"),
+    ):
+        tuned(model)
+    assert same_bits(before, state_of(model))
+
+
+def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("nest.tuning.loop.tuning_loss", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        tuned(build())
+
+
+def test_numbers_go_bad_after_good_steps_and_the_good_ones_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nest.tuning import loss
+
+    whole = loss.tuning_loss
+    steps: list[int] = []
+
+    def poisoned(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        value = whole(logits, *args, **kwargs)
+        if value.requires_grad:
+            steps.append(1)
+        return value * float("nan") if len(steps) > 9 else value
+
+    monkeypatch.setattr("nest.tuning.loop.tuning_loss", poisoned)
+    model = build()
+    before = state_of(model)
+    with pytest.raises(TuningStoppedError, match=r"at step 10 .*mlp.*step 8 was good") as raised:
+        tuned(model)
+    assert same_bits(before, state_of(model))
+    result = raised.value.result
+    assert result.best_step == 8
+    monkeypatch.undo()
+    good = tuned(build())
+    assert [r.validation_loss for r in result.history] == [
+        r.validation_loss for r in good.history[: len(result.history)]
+    ]
+    result.patch.fold_into(model)
+    assert not same_bits(before, state_of(model))

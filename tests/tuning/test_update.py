@@ -1,26 +1,20 @@
-"""The update's gradients are those of two oracles, and the model is untouched but for its rows."""
+"""An update lives in the selected rows alone, and the model is bit for bit itself afterwards."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import D, F, build, choose, same_bits, state_of
-from torch import Tensor, nn
-from torch.func import functional_call
+from tiny_models import build, choose, filled, layer_wide, loss_of, same_bits, state_of, tokens
+from torch import nn
 
 from nest.errors import InputError, LayoutError, SelectionError
-from nest.models.fingerprint import fingerprint
-from nest.models.layouts import find_sites
 from nest.models.sites import site_weight
 from nest.selection.config import UpdateForm
-from nest.selection.selection import NeuronSelection, SiteSelection
 from nest.tuning.optimizer import NeuronAdamW
-from nest.tuning.update import ClusterUpdate, trainable
+from nest.tuning.update import trainable
 from nest_kernels.neuron_adamw import updated_rows
 
 FORMS: tuple[UpdateForm, ...] = ("shared", "loaded")
@@ -28,215 +22,6 @@ FAMILIES = ("qwen3", "gpt_neox", "phi3", "gpt2")
 # The model and the oracles run in fp64; the update's own buffers and thin products are fp32, with some
 # forty tokens summed: 40 * 2**-24, relative to the largest entry.
 RELATIVE = 5e-6
-
-
-def tokens(n_rows: int = 3, length: int = 7, seed: int = 0) -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(7, 30, (n_rows, length), generator=draw)
-
-
-def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return loss
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    bound = RELATIVE * max(float(expected.abs().max()), 1e-12)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0.0, atol=bound)
-
-
-def filled(update: ClusterUpdate, seed: int = 0) -> None:
-    """An update away from its start, so that the gradients' dependence on U and s is seen."""
-    draw = torch.Generator().manual_seed(seed)
-    noise = 0.1 * torch.randn(update.packed.numel(), generator=draw)
-    update.load_snapshot([update.packed.detach() + noise])
-
-
-def dense_gradients(
-    twin: nn.Module,
-    update: ClusterUpdate,
-    loss: Callable[[Callable[[Tensor], Tensor]], Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Oracle (a): autograd through W0 + diag(s) M U, dense, on an untouched copy."""
-    vectors: dict[str, Tensor] = {}
-    loadings: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    for site in update.sites:
-        part = site.part
-        u = vectors.setdefault(part.group, site.vectors.detach().double().requires_grad_())
-        delta = u[part.clusters]
-        if site.loadings is not None:
-            loadings[part.site.name] = site.loadings.detach().double().requires_grad_()
-            delta = loadings[part.site.name][:, None] * delta
-        name = part.site.parameter
-        weight = weights.get(name, twin.state_dict()[name])
-        index = part.neurons + part.site.offset
-        values = delta if part.site.axis == 0 else delta.T
-        weights[name] = weight.index_add(part.site.axis, index, values)
-
-    def run(ids: Tensor) -> Tensor:
-        kwargs = {"input_ids": ids, "labels": ids, "use_cache": False}
-        found: Tensor = functional_call(twin, weights, kwargs=kwargs).loss
-        return found
-
-    loss(run).backward()
-
-    def gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-    return gradients(vectors), gradients(loadings)
-
-
-def loading_gradients(update: ClusterUpdate) -> dict[str, Tensor]:
-    return {
-        site.part.site.name: site.loadings.grad
-        for site in update.sites
-        if site.loadings is not None and site.loadings.grad is not None
-    }
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("at_start", [True, False])
-def test_gradients_are_autograds_through_dense_weights(
-    family: str, form: UpdateForm, at_start: bool
-) -> None:
-    model = build(family).double()  # fp32 numbers in fp64: W0 + s U is then exact to fp32
-    twin = copy.deepcopy(model)
-    selection = choose(model, family)
-    with trainable(model, selection, update=form) as update:
-        if not at_start:
-            filled(update)
-        ids = tokens()
-        expected, expected_loadings = dense_gradients(twin, update, lambda run: run(ids))
-        loss_of(model, ids).backward()
-        found = update.gradients()
-        assert found.keys() == expected.keys()
-        for group, gradient in expected.items():
-            assert float(gradient.abs().max()) > 0
-            close(found[group], gradient)
-        for name, gradient in expected_loadings.items():
-            close(loading_gradients(update)[name], gradient)
-        assert len(expected_loadings) == (len(selection.sites) if form == "loaded" else 0)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])
-def test_gradients_are_those_of_a_lora_whose_b_is_the_membership(
-    family: str, form: UpdateForm
-) -> None:
-    model = build(family).double()
-    twin = copy.deepcopy(model)
-    selection = choose(model, family, clusters=(0, 1, 1, 1))
-    rank = 2
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # a scale of one
-        lora_dropout=0.0,
-        target_modules=[part.site.module for part in selection.sites],
-    )
-    lora = get_peft_model(twin, config).double()
-    with trainable(model, selection, update=form) as update:
-        filled(update)
-        layers = {}
-        for site in update.sites:
-            layer = twin.get_submodule(site.part.site.module)
-            layers[site.part.site.name] = layer
-            membership = torch.zeros(F, rank, dtype=torch.float64)
-            scale = torch.ones(4) if site.loadings is None else site.loadings.detach()
-            membership[site.part.neurons, site.part.clusters] = scale.double()
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            with torch.no_grad():
-                a.copy_(site.vectors.detach())
-                b.copy_(membership)
-            b.requires_grad_(form == "loaded")  # else frozen to M, as the paper's identity says
-        for seed in (0, 1):  # two batches: gradients accumulate
-            ids = tokens(seed=seed)
-            loss_of(lora, ids).backward()
-            loss_of(model, ids).backward()
-        for site in update.sites:
-            layer = layers[site.part.site.name]
-            close(update.gradients()[site.part.group], layer.lora_A["default"].weight.grad)
-            if form == "loaded":
-                gradient = layer.lora_B["default"].weight.grad
-                wanted = gradient[site.part.neurons, site.part.clusters]
-                close(loading_gradients(update)[site.part.site.name], wanted)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_accumulate_until_they_are_cleared(form: UpdateForm) -> None:
-    model = build().double()
-    twin = copy.deepcopy(model)
-    selection = choose(model)
-    batches = [tokens(seed=0), tokens(n_rows=1, length=5, seed=1)]
-    with trainable(model, selection, update=form) as update:
-        filled(update)
-        expected, _ = dense_gradients(twin, update, lambda run: run(batches[0]) + run(batches[1]))
-        for ids in batches:
-            loss_of(model, ids).backward()
-        for group, gradient in expected.items():
-            close(update.gradients()[group], gradient)
-        NeuronAdamW(update).zero_grad()
-        assert not update.packed.grad.any() and not any(
-            gradient.any() for gradient in update.gradients().values()
-        )
-        loss_of(model, batches[1]).backward()
-        expected, _ = dense_gradients(twin, update, lambda run: run(batches[1]))
-        for group, gradient in expected.items():
-            close(update.gradients()[group], gradient)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])
-def test_gradient_checkpointing_changes_nothing(family: str, form: UpdateForm) -> None:
-    model = build(family)
-    model.train()  # transformers checkpoints in training mode only; these configs have no dropout
-    found = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            # transformers renamed it within its fifth version
-            name = "activation_checkpointing_enable"
-            enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        with trainable(model, choose(model, family), update=form) as update:
-            filled(update)
-            loss_of(model, tokens()).backward()
-            found.append(update.packed.grad.clone())
-    assert float(found[0].abs().max()) > 0
-    assert torch.equal(found[0], found[1])
-
-
-def layer_wide(model: nn.Module) -> NeuronSelection:
-    """The sites of a layer share two vectors, as `--cluster-scope layer` has it."""
-    parts = [
-        SiteSelection(
-            site=site,
-            neurons=torch.tensor([i, 6 + i, 11]),
-            scores=torch.zeros(3),
-            clusters=torch.tensor([0, 1, i % 2]),
-            width=D,
-            group=f"layer {site.layer}",
-            n_clusters=2,
-        )
-        for i, site in enumerate(find_sites(model))
-    ]
-    return NeuronSelection(tuple(parts), fingerprint(model, [part.site for part in parts]))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_vector_shared_by_sites_gets_their_summed_gradient(form: UpdateForm) -> None:
-    model = build().double()
-    twin = copy.deepcopy(model)
-    selection = layer_wide(model)
-    with trainable(model, selection, update=form) as update:
-        filled(update)
-        ids = tokens()
-        expected, _ = dense_gradients(twin, update, lambda run: run(ids))
-        loss_of(model, ids).backward()
-        assert list(expected) == ["layer 0", "layer 1"]
-        assert update.n_vector_parameters == 2 * 2 * D
-        for group, gradient in expected.items():
-            close(update.gradients()[group], gradient)
 
 
 # --- the packed buffer ----------------------------------------------------------------------------
@@ -250,18 +35,23 @@ def test_the_views_are_an_exact_partition(form: UpdateForm, scope: str) -> None:
     with trainable(model, selection, update=form) as update:
         n = update.packed.numel()
         assert n == selection.trainable_parameters(form)
+        numbers = torch.arange(n, dtype=torch.float32)
         with torch.no_grad():
-            update.packed.copy_(torch.arange(n))
-            update.packed.grad.copy_(torch.arange(n))
+            update.packed.copy_(numbers)
         views = {site.part.group: site.vectors for site in update.sites}
-        leaves = [*views.values(), *(s.loadings for s in update.sites if s.loadings is not None)]
-        for of in (lambda leaf: leaf.detach(), lambda leaf: leaf.grad):
-            seen = torch.cat([of(leaf).flatten() for leaf in leaves])
-            assert torch.equal(seen.sort().values, torch.arange(n, dtype=torch.float32))
-        vectors = torch.cat([leaf.detach().flatten() for leaf in views.values()])
-        assert vectors.numel() == update.n_vector_parameters
-        assert int(vectors.max()) == update.n_vector_parameters - 1
+        views |= {f"s {s.part.site.name}": s.loadings for s in update.sites if form == "loaded"}
+        seen = torch.cat([view.detach().flatten() for view in views.values()])
+        assert torch.equal(seen.sort().values, numbers)
+        vectors = [views[group].detach().flatten() for group in selection.groups]
+        assert torch.cat(vectors).max() == update.n_vector_parameters - 1
+        # each part's gradient arrives where the part stands
         update.load_snapshot([torch.zeros(n)])
+        (
+            sum((view * numbers[: view.numel()].view(view.shape)).sum() for view in views.values())
+        ).backward()
+        for name, view in views.items():
+            kept = update.gradients() | {f"s {k}": v for k, v in update.loading_gradients().items()}
+            assert torch.equal(kept[name], numbers[: view.numel()].view(view.shape))
 
 
 def test_the_start() -> None:
@@ -299,7 +89,8 @@ def test_the_model_is_bit_identical_afterwards(
     before, flags = state_of(model), [p.requires_grad for p in model.parameters()]
     keys = set(model.__dict__)
     with suppress(_StopError), trainable(model, choose(model, family), update=form) as update:
-        assert not any(parameter.requires_grad for parameter in model.parameters())
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == ["nest_update"]
         optimizer = NeuronAdamW(update, lr=0.1)
         for _ in range(2):
             loss_of(model, tokens()).backward()
@@ -311,7 +102,7 @@ def test_the_model_is_bit_identical_afterwards(
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
     assert all(not module._forward_hooks for module in model.modules())
-    assert set(model.__dict__) == keys
+    assert set(model.__dict__) == keys and "nest_update" not in model._parameters
     assert all(module.training for module in model.modules())
 
 
@@ -353,7 +144,7 @@ def test_outside_training_nothing_is_attached() -> None:
         with torch.inference_mode():
             model(tokens())
         assert model(tokens()).logits.requires_grad
-        assert not update.packed.grad.any()
+        assert update.packed.grad is None
 
 
 def test_the_base_model_can_be_had_for_a_while() -> None:
@@ -392,6 +183,59 @@ def test_its_patch_folds_to_the_very_bits_that_were_trained(form: UpdateForm) ->
     assert same_bits(before, state_of(model))
 
 
+class _Packed(nn.Module):
+    """A quantised layer, as bitsandbytes has them: bytes in, floats out."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.values = linear.weight.detach().clone()
+        bytes_ = self.values.flatten().view(torch.uint8)[:, None]
+        self.weight = nn.Parameter(bytes_.clone(), requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.values.T
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj"):
+            setattr(layer.mlp, name, _Packed(getattr(layer.mlp, name)))
+    return model
+
+
+def test_quantised_weights_train_as_a_branch_and_the_patch_is_the_plain_models() -> None:
+    plain, packed = build(), quantised(build())
+    selection = choose(plain)
+    with (
+        pytest.raises(SelectionError, match=r"torch\.uint8: its rows.*mode='branch'"),
+        trainable(packed, selection),
+    ):
+        pass
+    before = state_of(packed)
+    patches = []
+    for model, mode in ((plain, "live"), (packed, "branch")):
+        with trainable(model, selection, mode=mode) as update:
+            optimizer = NeuronAdamW(update, lr=0.05)
+            for seed in range(3):
+                loss_of(model, tokens(seed=seed)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if mode == "branch":
+                assert same_bits(before, state_of(model))
+                with pytest.raises(SelectionError, match=r"update\.patch\(base=model\)"):
+                    update.patch()
+                with pytest.raises(InputError, match="learning rate"):
+                    update.row_scale()
+                patches.append(update.patch(base=build()))
+            else:
+                patches.append(update.patch())
+    for group, vectors in patches[0].vectors.items():
+        # fp32 sums in another order; Adam divides small gradients by small roots for three steps
+        torch.testing.assert_close(patches[1].vectors[group], vectors, rtol=1e-3, atol=1e-4)
+    patches[1].fold_into(plain)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -410,7 +254,12 @@ def test_what_cannot_be_trained_is_refused_and_left_alone() -> None:
             trainable(model, selection),
         ):
             pass
-        assert hasattr(model, "_nest_update")  # the outer block still holds it
+        with (  # nor through a part of it
+            pytest.raises(InputError, match="has a trainable update already"),
+            trainable(nn.ModuleDict({"model": model.model}), selection),
+        ):
+            pass
+        assert hasattr(model, "nest_update")  # the outer block still holds it
     with (
         pytest.raises(SelectionError, match="another model"),
         trainable(build(seed=1), selection),
@@ -433,3 +282,46 @@ def test_what_cannot_be_trained_is_refused_and_left_alone() -> None:
     with torch.no_grad():
         site_weight(model, selection.sites[0].site).copy_(before[selection.sites[0].site.parameter])
     assert same_bits(before, state_of(model))
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced", "cast"])
+def test_weights_that_are_no_longer_the_prepared_ones_stop_the_step(how: str) -> None:
+    model = build()
+    with trainable(model, choose(model)) as update:
+        optimizer = NeuronAdamW(update)
+        loss_of(model, tokens()).backward()
+        layer = model.model.layers[1].mlp.up_proj
+        held = layer.weight.data
+        if how == "replaced":
+            layer.weight = nn.Parameter(held.clone())
+        elif how == "moved":
+            layer.weight.data = held.clone()
+        else:
+            layer.weight.data = held.bfloat16()
+        before = update.packed.detach().clone()
+        with pytest.raises(SelectionError, match=r"layers\.1\.mlp\.up_proj.*replaced or moved"):
+            optimizer.step()
+        assert torch.equal(before, update.packed)
+        filled(update)
+    # what stands in the model now has its own rows back
+    now, start = layer.weight.detach(), build().model.layers[1].mlp.up_proj.weight
+    assert torch.equal(now, start.to(now.dtype))
+
+
+def test_an_update_in_fp64_gives_no_patch() -> None:
+    model = build()
+    with (
+        trainable(model, choose(model), dtype=torch.float64) as update,
+        pytest.raises(InputError, match="a patch holds fp32"),
+    ):
+        update.patch()
+    with (
+        pytest.raises(InputError, match="float32 or float64"),
+        trainable(model, choose(model), dtype=torch.bfloat16),
+    ):
+        pass
+    with (
+        pytest.raises((InputError, TypeError), match="branch"),
+        trainable(model, choose(model), mode="dead"),
+    ):
+        pass

@@ -1,0 +1,146 @@
+"""How much memory tuning will take, and how many dialogues a forward pass there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# Share of the free memory that a plan may fill: the estimate leaves out what kernels borrow.
+USABLE = 0.8
+# Logits, their log-softmax and the gradient of both are alive together, in fp32.
+LOGIT_COPIES = 3
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What tuning will hold, in bytes.
+
+    Attributes:
+        weights: The model's parameters and buffers, in memory already.
+        update: Packed parameters, gradient, two moments, and the original rows.
+        activations: Saved for the backward pass, at `micro_batch_size` of the longest dialogues.
+        logits: Of that many dialogues' responses, in fp32.
+        micro_batch_size: Dialogues a forward pass.
+        free: Free on the device before tuning; None where it cannot be known.
+    """
+
+    weights: int
+    update: int
+    activations: int
+    logits: int
+    micro_batch_size: int
+    free: int | None
+
+    @property
+    def needed(self) -> int:
+        """Beyond the weights."""
+        return self.update + self.activations + self.logits
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        free = "" if self.free is None else f"; {self.free / _GIB:.1f} GiB are free"
+        return (
+            f"memory: weights {self.weights / _GIB:.2f} GiB, and about {self.needed / _GIB:.2f} GiB "
+            f"more for tuning {self.micro_batch_size} dialogues at a time (activations "
+            f"{self.activations / _GIB:.2f}, logits {self.logits / _GIB:.2f}, update "
+            f"{self.update / _GIB:.3f}){free}"
+        )
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, the model's own tensors left out.
+
+    Args:
+        model: Whose parameters and buffers do not count.
+        run: One forward pass with gradients.
+    """
+    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            seen[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = run()
+    del held
+    return sum(seen.values())
+
+
+def estimate(
+    *,
+    model: nn.Module,
+    update_bytes: int,
+    activation_bytes: int,
+    logit_bytes: int,
+    batch_size: int,
+    device: torch.device,
+    micro_batch_size: int | None,
+) -> MemoryEstimate:
+    """Plan the forward passes of a step.
+
+    Args:
+        model: For the size of its weights.
+        update_bytes: Of the update and its optimizer.
+        activation_bytes: Saved for one dialogue, the longest.
+        logit_bytes: Of that dialogue's response, in fp32, once.
+        batch_size: Dialogues an optimizer step.
+        device: Where the step runs.
+        micro_batch_size: Dialogues a forward pass; None takes the largest half, quarter, ... of the
+            batch that fits.
+    """
+    free = free_bytes(device)
+
+    def at(size: int) -> MemoryEstimate:
+        return MemoryEstimate(
+            weights=sum(
+                t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())
+            ),
+            update=update_bytes,
+            activations=size * activation_bytes,
+            logits=size * LOGIT_COPIES * logit_bytes,
+            micro_batch_size=size,
+            free=free,
+        )
+
+    if micro_batch_size is not None:
+        return at(min(micro_batch_size, batch_size))
+    size = batch_size
+    while free is not None and size > 1 and at(size).needed > USABLE * free:
+        size = -(-size // 2)
+    return at(size)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory where the device keeps its tensors; None where it cannot be known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(fault, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(fault)
+    return isinstance(fault, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
