@@ -118,12 +118,14 @@ class RowBatch:
         originals: All their original rows, (R, D).
         vectors: Which row of the packed parameters, taken as (P // D, D), is added to each.
         loadings: Where each row's loading stands in the packed parameters; None where there are none.
+        sizes: How many rows each site has.
     """
 
     sites: tuple[SiteRows, ...]
     originals: Tensor
     vectors: Int[Tensor, " R"]
     loadings: Int[Tensor, " R"] | None
+    sizes: list[int]
 
     @staticmethod
     def of(sites: Sequence[SiteRows]) -> RowBatch:
@@ -139,6 +141,7 @@ class RowBatch:
             originals=torch.cat([site.originals for site in sites]),
             vectors=torch.cat([site.first_vector // width + site.clusters for site in sites]),
             loadings=torch.cat(loadings) if loadings else None,
+            sizes=[len(site.neurons) for site in sites],
         )
 
 

@@ -116,8 +116,7 @@ def write_updated_rows(sites: Sequence[SiteRows], parameters: Float[Tensor, " P"
         matrix = parameters[: parameters.numel() // width * width].view(-1, width)
         loadings = None if batch.loadings is None else parameters.index_select(0, batch.loadings)
         rows = updated_rows(batch.originals, matrix, batch.vectors, loadings)
-        sizes = [len(site.neurons) for site in batch.sites]
-        for site, own in zip(batch.sites, rows.split(sizes), strict=True):
+        for site, own in zip(batch.sites, rows.split(batch.sizes), strict=True):
             site.weight.index_copy_(0, site.neurons, own)
 
 

@@ -57,6 +57,9 @@ def command(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")
     ] = 256,
+    engine: Annotated[
+        str, typer.Option("--engine", help="auto, static or paged: how answers are decoded.")
+    ] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for eval.json and all responses.")
     ] = None,
@@ -116,6 +119,7 @@ def command(
             batch_size=size,
             progress=run.progress,
             max_new_tokens=max_new_tokens,
+            engine=engine,
             seed=seed,
         )
         written = [] if out is None else [report.save(out, overwrite=overwrite)]

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from nest.errors import InputError
+from nest.evaluation.config import Engine
 from nest.evaluation.divergence import Removable, kl_to_base
 from nest.evaluation.generation import generate_tokens
 from nest.evaluation.judges import Judge, Verdict, exact_match
@@ -50,6 +51,7 @@ def evaluate(
     bootstrap_resamples: int = 2000,
     benign_twin_prompts: int = 50,
     counted: Sequence[str] = (),
+    engine: Engine = "auto",
     progress: Progress | None = None,
 ) -> EvalReport:
     """Answer every prompt greedily, judge the answers and count.
@@ -68,7 +70,7 @@ def evaluate(
         attacks: `resolve_attacks(...)`; the names are unique.
         judge: `make_judge(...)`, or the caller's own.
         patch: Taken out of the model while the base model's probabilities are computed.
-        max_new_tokens, batch_size, seed, bootstrap_resamples, benign_twin_prompts: As in
+        max_new_tokens, batch_size, seed, bootstrap_resamples, benign_twin_prompts, engine: As in
             `EvaluationConfig`.
         counted: Names of the attacks that the mean is over; all of them if empty.
         progress: Called as `progress(stage, done, total)`, stages `generate` and `kl`.
@@ -86,7 +88,9 @@ def evaluate(
         raise InputError(f"the attacks are {names}; expected at least one and each name once")
     requests = _requests(harmful, borderline, benign, attacks, benign_twin_prompts)
     encoded = [_encoded(encoder, request) for request in requests]
-    answers = generate_tokens(model, encoder, encoded, max_new_tokens, batch_size, progress)
+    answers = generate_tokens(
+        model, encoder, encoded, max_new_tokens, batch_size, progress, engine=engine
+    )
     generation_seconds = time.perf_counter() - started
     texts = [encoder.decode(answer) for answer in answers]
     responses = _judged(requests, texts, judge)

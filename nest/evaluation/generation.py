@@ -1,15 +1,13 @@
 """Greedy decoding in batches, whose tokens do not depend on the batch a prompt is in.
 
-Prompts of equal length share a batch without padding. Only where few prompts share a length are
-different lengths put together, padded on the left with a mask and explicit positions. A loop of our
-own and not `generate`: it drops sequences that have ended from the batch, needs no sampling flags
-neutralised and works on any `nn.Module`.
+A loop of our own and not `generate`: a beginning that all prompts of a batch share is run once, the
+key-value cache grows in place, sequences that have ended are dropped from the batch, no sampling
+flags need to be neutralised and any `nn.Module` will do.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,13 +17,23 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nest.errors import InputError
+from nest.evaluation.batches import plan_batches
+from nest.evaluation.config import Engine
+from nest.evaluation.paged import decode_paged, pays, why_not_paged
 from nest.models.chat import Encoder, collate, logits_of, run_model
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-TOKENS_PER_BATCH = 65_536
-"""Most prompt tokens in a batch, so that long prompts get smaller batches."""
+BATCH_COST_TOKENS = {"cpu": 1024}
+"""Prompt tokens that run in the time that one more batch costs, by device.
+
+A batch of the embedded model with answers of 15 tokens costs 16 calls of 1.7 ms before its first row
+counts, a prompt token some 45 us: 600 tokens. The demo's answers took 11.3 s at 1024 and 11.6 s at 512."""
+
+BATCH_COST_TOKENS_ELSEWHERE = 65_536
+"""The same on a GPU (an estimate): a call costs as much as thousands of tokens, so that full batches
+come first."""
 
 
 def generate(
@@ -35,6 +43,8 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 256,
     progress: Progress | None = None,
+    *,
+    engine: Engine = "auto",
 ) -> list[str]:
     """The model's greedy answer to each prompt, in the prompts' order.
 
@@ -50,12 +60,17 @@ def generate(
         max_new_tokens: Longest answer; shorter where the context ends.
         batch_size: Most prompts in a batch.
         progress: Called as `progress("generate", prompts done, prompts)`.
+        engine: `static` decodes batches that are planned ahead, `paged` is the continuous batching
+            of transformers, `auto` takes `paged` where it should pay (`nest.evaluation.paged.pays`).
 
     Raises:
-        InputError: a prompt that fills the context, or a count below one.
+        InputError: a prompt that fills the context, a count below one, or `paged` for a model that
+            it cannot decode.
     """
     encoded = [encoder.prompt(prompt) for prompt in prompts]
-    answers = generate_tokens(model, encoder, encoded, max_new_tokens, batch_size, progress)
+    answers = generate_tokens(
+        model, encoder, encoded, max_new_tokens, batch_size, progress, engine=engine
+    )
     return [encoder.decode(answer) for answer in answers]
 
 
@@ -67,6 +82,8 @@ def generate_tokens(
     max_new_tokens: int,
     batch_size: int = 256,
     progress: Progress | None = None,
+    *,
+    engine: Engine = "auto",
 ) -> list[list[int]]:
     """`generate` on token ids: the answers' tokens without the end-of-sequence token.
 
@@ -80,60 +97,46 @@ def generate_tokens(
     unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
     known = _forward_parameters(model)
     has_cache = {"past_key_values", "use_cache"} <= known
-    decode = _decode_cached if has_cache else _decode_recomputed
-    # Only the cached loop passes positions; without them left padding would shift the answers.
-    may_pad = has_cache and "position_ids" in known
-    batches = _plan(unique, encoder.max_tokens, max_new_tokens, batch_size, may_pad)
+    batches = plan_batches(
+        unique,
+        max_tokens=encoder.max_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        # Only the cached loop passes positions; without them left padding would shift the answers.
+        may_pad=has_cache and "position_ids" in known,
+        batch_cost_tokens=BATCH_COST_TOKENS.get(
+            next(model.parameters()).device.type, BATCH_COST_TOKENS_ELSEWHERE
+        ),
+    )
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress("generate", len(prompts) * done // len(unique), len(prompts))
+
     answers: dict[tuple[int, ...], list[int]] = {}
     with eval_mode(model):
-        for indices, allowance in batches:
+        if unique and _takes_paged(model, engine):
+            allowances = {index: batch[2] for batch in batches for index in batch.indices}
+            allowed = [allowances[index] for index in range(len(unique))]
+            found = decode_paged(model, encoder, unique, allowed, batch_size, report)
+            answers = dict(zip(unique, found, strict=True))
+            batches = []
+        for indices, n_shared, allowance in batches:
             batch = [unique[index] for index in indices]
-            answers.update(zip(batch, decode(model, encoder, batch, allowance), strict=True))
-            if progress is not None:
-                progress("generate", len(prompts) * len(answers) // len(unique), len(prompts))
+            if has_cache:
+                found = _decode_cached(model, encoder, batch, n_shared, allowance)
+            else:
+                found = _decode_recomputed(model, encoder, batch, allowance)
+            answers.update(zip(batch, found, strict=True))
+            report(len(answers))
     return [list(answers[tuple(prompt)]) for prompt in prompts]
 
 
-# --- batches --------------------------------------------------------------------------------------
-
-
-def _plan(
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int | None,
-    max_new_tokens: int,
-    batch_size: int,
-    may_pad: bool,
-) -> list[tuple[list[int], int]]:
-    """(prompts' indices, new tokens allowed) of every batch, long prompts first.
-
-    Prompts near the end of the context keep to batches of their own length, since their allowance
-    is smaller; the rest of the rare lengths is padded together.
-    """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        if max_tokens is not None and len(prompt) >= max_tokens:
-            raise InputError(
-                f"a prompt has {len(prompt)} tokens and the model's context {max_tokens}; shorten "
-                "the prompt so that an answer fits"
-            )
-        by_length[len(prompt)].append(index)
-    few = min(batch_size, 32) // 4
-    batches: list[tuple[list[int], int]] = []
-    rare: list[int] = []
-    for length, indices in sorted(by_length.items(), reverse=True):
-        room = max_new_tokens if max_tokens is None else max_tokens - length
-        allowance = min(max_new_tokens, room)
-        if may_pad and len(indices) <= few and allowance == max_new_tokens:
-            rare.extend(indices)
-            continue
-        size = max(1, min(batch_size, TOKENS_PER_BATCH // max(length, 1)))
-        batches.extend((indices[i : i + size], allowance) for i in range(0, len(indices), size))
-    start = 0
-    while start < len(rare):  # sorted by length, so the first is the longest
-        size = max(1, min(batch_size, TOKENS_PER_BATCH // max(len(prompts[rare[start]]), 1)))
-        batches.append((rare[start : start + size], max_new_tokens))
-        start += size
-    return batches
+def _takes_paged(model: nn.Module, engine: Engine) -> bool:
+    fault = why_not_paged(model) if engine == "paged" else None
+    if fault is not None:
+        raise InputError(f"the paged engine cannot decode this model: {fault}; use engine static")
+    return engine == "paged" or (engine == "auto" and pays(model))
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -179,30 +182,39 @@ class _Answers:
 
 
 def _decode_cached(
-    model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    n_shared: int,
+    max_new_tokens: int,
 ) -> list[list[int]]:
-    """Greedy decoding with the model's key-value cache."""
+    """Greedy decoding with the model's key-value cache; the first `n_shared` tokens are run once."""
     device = next(model.parameters()).device
-    parameters = _forward_parameters(model)
-    batch = collate(prompts, None, encoder.pad_id, side="left")
-    input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-    padded = not bool(mask.all())
-    answers = _Answers(len(prompts), encoder.eos_ids, device)
     # the vocabulary's logits are wanted at the last position only: at 150 k tokens of vocabulary
     # they would be the largest tensor by far
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    cache: Any = None
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
+    cache = _shared_cache(model, prompts, n_shared, last_only) if n_shared else None
+    if cache is None:
+        n_shared = 0
+    # padding stands before a prompt's own tokens: between them and those that all prompts share
+    batch = collate([prompt[n_shared:] for prompt in prompts], None, encoder.pad_id, side="left")
+    input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    padded = not bool(batch.attention_mask.all())
+    mask = torch.cat([mask.new_ones(len(mask), n_shared), mask], dim=1)  # (B, T)
+    answers = _Answers(len(prompts), encoder.eos_ids, device)
     for step in range(max_new_tokens):
         extra: dict[str, Any] = dict(last_only)
         if padded:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             extra |= {"attention_mask": mask, "position_ids": positions[:, -input_ids.shape[1] :]}
         output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
-        cache = output.past_key_values
         tokens = output.logits[:, -1].argmax(-1)  # (B,)
         answers.add(tokens)
         if bool(answers.ended.all()) or step + 1 == max_new_tokens:
             break
+        if cache is None and _is_plain(output.past_key_values):
+            _grow_in_place(output.past_key_values, len(tokens))
+        cache = output.past_key_values
         index = answers.kept(at_most=0.75) if _can_select(cache) else None
         if index is not None:
             cache.batch_select_indices(index)
@@ -211,6 +223,18 @@ def _decode_cached(
         input_ids = tokens[:, None]  # (B, 1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B, T + 1)
     return answers.tokens()
+
+
+def _shared_cache(
+    model: nn.Module, prompts: Sequence[Sequence[int]], n_shared: int, last_only: dict[str, int]
+) -> Any:
+    """The cache of the tokens that all prompts begin with; None for a cache that is not plain."""
+    shared = torch.tensor([prompts[0][:n_shared]], device=next(model.parameters()).device)
+    cache = model(input_ids=shared, use_cache=True, **last_only).past_key_values
+    if not _is_plain(cache):  # a window, say, that padding in the middle would eat into
+        return None
+    _grow_in_place(cache, len(prompts))
+    return cache
 
 
 def _decode_recomputed(
@@ -233,6 +257,20 @@ def _decode_recomputed(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)  # (B, T + 1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return answers.tokens()
+
+
+def _is_plain(cache: Any) -> bool:
+    if not hasattr(cache, "layers"):
+        return False
+    from nest.evaluation.cache import is_plain
+
+    return is_plain(cache)
+
+
+def _grow_in_place(cache: Any, n_rows: int) -> None:
+    from nest.evaluation.cache import grow_in_place
+
+    grow_in_place(cache, n_rows)
 
 
 def _can_select(cache: Any) -> bool:

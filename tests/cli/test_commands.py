@@ -113,6 +113,13 @@ def test_eval(with_patch: bool, world: World, nest: Nest, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["judge"] == "phrases"
 
 
+def test_eval_by_either_engine(world: World, nest: Nest) -> None:
+    arguments = ("eval", "--model", world.model, "--harmful", world.data["harmful"])
+    arguments += ("--max-new-tokens", 4)
+    found = [nest(*arguments, "--engine", engine, "--json").json for engine in ("static", "paged")]
+    assert found[0]["attack_success_rate"] == found[1]["attack_success_rate"]
+
+
 def test_eval_refuses_a_used_folder_before_it_starts(
     world: World, nest: Nest, tmp_path: Path
 ) -> None:

@@ -8,7 +8,9 @@ import torch
 from worlds import EOS, Recurrent, number_prompts, tiny, words_encoder
 
 from nest.errors import InputError
+from nest.evaluation import generation
 from nest.evaluation.generation import generate, generate_tokens
+from nest.evaluation.paged import pays, why_not_paged
 
 FAMILIES = ["llama", "gptneox", "qwen3", "gemma3", "gpt2"]
 NEW = 12
@@ -122,3 +124,121 @@ def test_dropout_is_off_even_for_a_model_in_training_mode():
 def test_counts_below_one(sizes):
     with pytest.raises(InputError, match="at least 1"):
         generate_tokens(tiny("llama"), words_encoder(), [[7]], *sizes)
+
+
+# --- shared beginnings ----------------------------------------------------------------------------
+
+
+def wrapped_prompts():
+    """Three beginnings, two of them with one in common, and prompts of many lengths after them."""
+    head, long, other = ([7, 9, 11] * 6, [13, 8] * 5, [20, 21, 22] * 7)
+    tails = number_prompts(48, 1, 9, seed=3)
+    starts = [head, [*head, *long], other, []]
+    return [[*starts[row % 4], *tail] for row, tail in enumerate(tails)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_beginning_is_run_once_and_changes_no_token(family, monkeypatch):
+    monkeypatch.setitem(generation.BATCH_COST_TOKENS, "cpu", 30)
+    model, prompts, sizes = tiny(family), wrapped_prompts(), []
+    expected = [plain_greedy(model, prompt, NEW) for prompt in prompts]
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    for batch_size in (2, 5, 256):
+        sizes.clear()
+        found = generate_tokens(model, words_encoder(), prompts, NEW, batch_size)
+        assert found == expected, batch_size
+    answered = sum(len(answer) + 1 for answer in expected)
+    n_tokens = sum(len(prompt) for prompt in prompts)
+    if family != "gemma3":  # its windows forbid it
+        assert sum(sizes) - answered < 0.6 * n_tokens
+
+
+def test_half_precision_shares_and_grows_too(monkeypatch):
+    monkeypatch.setitem(generation.BATCH_COST_TOKENS, "cpu", 30)
+    model = tiny("llama").to(torch.bfloat16)
+    found = generate_tokens(model, words_encoder(eos_id=None), wrapped_prompts(), 40)
+    assert all(len(answer) == 40 for answer in found)  # past the room that the buffers begin with
+    assert len({tuple(answer) for answer in found}) > 10
+
+
+def test_a_peft_model_is_decoded_as_the_model_in_it(monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setitem(generation.BATCH_COST_TOKENS, "cpu", 30)
+    expected = generate_tokens(tiny("llama"), words_encoder(), wrapped_prompts(), NEW)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=True)
+    wrapped = peft.get_peft_model(tiny("llama"), config)
+    for engine in ("static", "paged"):
+        found = generate_tokens(wrapped, words_encoder(), wrapped_prompts(), NEW, engine=engine)
+        assert found == expected, engine
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_engines_say_the_same(family):
+    model = tiny(family)
+    prompts = [*number_prompts(20, 3, 24), *wrapped_prompts()[:12]]
+    expected = [plain_greedy(model, prompt, NEW) for prompt in prompts]
+    assert len({tuple(answer) for answer in expected}) > 10
+    for batch_size in (3, 256):
+        calls = []
+        found = generate_tokens(
+            model,
+            words_encoder(),
+            prompts,
+            NEW,
+            batch_size,
+            lambda *call, calls=calls: calls.append(call),
+            engine="paged",
+        )
+        assert found == expected, batch_size
+        assert calls[-1] == ("generate", 32, 32)
+    assert generate_tokens(model, words_encoder(), prompts, NEW, engine="static") == expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_paging_leaves_the_model_and_the_random_state_as_they_were(attention):
+    model = tiny("llama")
+    model.set_attn_implementation(attention)
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    state, attributes = torch.get_rng_state(), set(vars(model))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generation_config = model.generation_config.to_dict()
+    prompts = number_prompts(5, 3, 9)
+    expected = generate_tokens(model, words_encoder(), prompts, NEW, engine="static")
+    assert generate_tokens(model, words_encoder(), prompts, NEW, engine="paged") == expected
+    assert model.config._attn_implementation == attention
+    assert model.generation_config.to_dict() == generation_config
+    assert set(vars(model)) == attributes
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_paged_answers_end_with_the_context():
+    model, encoder = tiny("llama"), words_encoder(max_tokens=20, eos_id=None)
+    prompts = number_prompts(12, 4, 19)
+    expected = generate_tokens(model, encoder, prompts, NEW, engine="static")
+    assert generate_tokens(model, encoder, prompts, NEW, engine="paged") == expected
+    assert {len(answer) for answer in expected} != {NEW}
+
+
+def test_a_model_that_cannot_be_paged_says_why_and_auto_does_without():
+    prompts = number_prompts(3, 4, 6)
+    with pytest.raises(InputError, match="Recurrent is no transformers model"):
+        generate_tokens(Recurrent(), words_encoder(), prompts, 3, engine="paged")
+    assert len(generate_tokens(Recurrent(), words_encoder(), prompts, 3, engine="auto")) == 3
+    assert why_not_paged(tiny("llama")) is None
+    assert not pays(tiny("llama"))  # on the CPU
+
+
+def test_a_failure_of_the_paged_engine_is_one_known_error(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda *_: 1 / 0)
+    with pytest.raises(InputError, match=r"paged engine .* failed .*division.*static"):
+        generate_tokens(model, words_encoder(), [[7, 8, 9]], 3, engine="paged")
+    assert model.config._attn_implementation == "sdpa"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from nest.errors import ActivationError, InputError, LayoutError
 from nest.models.chat import CallableEncoder
 from nest.models.layouts import find_sites
 from nest.models.sites import NeuronSite, site_module
+from nest.selection import capture as capture_module
 from nest.selection.capture import capture, pool_tokens
 from nest.selection.config import Pool
 
@@ -139,7 +141,7 @@ def test_past_the_memory_bound_activations_lie_on_disk() -> None:
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_that_are_not_finite_name_the_site(poison: float, dtype: torch.dtype) -> None:
     model = build(dtype=dtype)
@@ -151,6 +153,119 @@ def test_numbers_that_are_not_finite_name_the_site(poison: float, dtype: torch.d
         capture(model, encoder_of(model), PROMPTS, find_sites(model))
     assert same_bits(before, state_of(model))
     assert all(not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("batch_size", [4, 100])
+def test_a_lone_negative_infinity_is_seen_below_the_maximum(batch_size: int) -> None:
+    model = build()
+    encoder, sites = encoder_of(model), find_sites(model)
+    encoded = {prompt: encoder.prompt(prompt) for prompt in PROMPTS}
+    said = Counter(token for ids in encoded.values() for token in set(ids))
+    spoilt, word = next(
+        (prompt, token) for prompt, ids in encoded.items() for token in ids if said[token] == 1
+    )
+    last = site_module(model, sites[-1])
+    tokens: list[Tensor] = []
+    embed = model.get_input_embeddings().register_forward_hook(
+        lambda _m, inputs, _o: tokens.append(inputs[0])
+    )
+
+    def spoil(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output.masked_fill((tokens[-1] == word)[..., None], float("-inf"))
+
+    handle = last.register_forward_hook(spoil)
+    with pytest.raises(ActivationError) as caught:
+        capture(model, encoder, PROMPTS, sites, batch_size=batch_size)
+    assert sites[-1].name in str(caught.value) and repr(spoilt[:60]) in str(caught.value)
+    for hook in (embed, handle):
+        hook.remove()
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_padding_that_is_not_finite_is_no_fault() -> None:
+    model = build()
+    encoder, sites = encoder_of(model), find_sites(model)
+    expected = capture(model, encoder, PROMPTS, sites)
+    seen: list[Tensor] = []
+    embed = model.get_input_embeddings().register_forward_hook(
+        lambda _m, inputs, _o: seen.append(inputs[0])
+    )
+    spoil = site_module(model, sites[-1]).register_forward_hook(
+        lambda _m, _i, output: output.masked_fill(
+            (seen[-1] == encoder.pad_id)[..., None], float("nan")
+        )
+    )
+    found = capture(model, encoder, PROMPTS, sites)
+    embed.remove()
+    spoil.remove()
+    for first, second in zip(expected.pooled, found.pooled, strict=True):
+        assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "phi3", "gpt2", "opt"])
+def test_stopping_after_the_last_site_changes_no_bit(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family)
+    encoder, sites = encoder_of(model), find_sites(model, layout_of(family))
+    early = [site for site in sites if site.layer == 0]
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in model.named_modules()
+    ]
+    for chosen in (sites, early):
+        ran.clear()
+        found = capture(model, encoder, PROMPTS, chosen, batch_size=5)
+        stopped = len(ran)
+        with monkeypatch.context() as patch:
+            patch.setattr(capture_module, "run_until", lambda _last, call: bool(call()) or True)
+            ran.clear()
+            full = capture(model, encoder, PROMPTS, chosen, batch_size=5)
+        for first, second in zip(found.pooled, full.pooled, strict=True):
+            assert np.array_equal(first, second)
+        # four batches, of which the first shows the order
+        n_modules = len(ran) // 4
+        assert stopped < len(ran)
+        if chosen is early:
+            assert stopped < n_modules * 3
+    for handle in handles:
+        handle.remove()
+
+
+class Ordered(nn.Module):
+    """Runs its two layers in another order where a batch begins with an odd token, or one twice."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 4)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.twice = twice
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        layers = [self.first, self.second]
+        if int(tokens[0, 0]) % 2:
+            layers.reverse()
+        if self.twice:
+            layers.append(layers[-1])
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_an_order_that_changes_and_a_layer_that_runs_twice(twice: bool) -> None:
+    model = Ordered(twice)
+    sites = [NeuronSite(0, "first", "first", 4), NeuronSite(1, "second", "second", 4)]
+    encoder = CallableEncoder(lambda text: [int(word) for word in text.split()])
+    prompts = ["2 3", "3 2 1", "4 5 6 7", "5 4 3 2 1"]
+    together = capture(model, encoder, prompts, sites, batch_size=1)
+    for row, prompt in enumerate(prompts):
+        single = capture(model, encoder, [prompt], sites)
+        for values, expected in zip(together.pooled, single.pooled, strict=True):
+            assert np.array_equal(values[row], expected[0])
 
 
 def test_the_model_is_left_as_it_was() -> None:
