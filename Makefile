@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # fetch a CUDA build and you want none: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench worlds tables format clean
+.PHONY: demo test check bench bench-gpu worlds tables format clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/nest demo --out nest-demo --overwrite
@@ -19,8 +19,14 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	MYPYPATH=.:$(VENV)/types $(BIN)/mypy -p nest -p nest_kernels
 
-bench: $(VENV)/dev.stamp
-	$(BIN)/python -m experiments.benchmarks.run
+# Speed and memory against others' methods, on an idle machine. Some of it: make bench ONLY=R1,R8
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m experiments.benchmarks.run $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m experiments.benchmarks.tables
+
+bench-gpu: $(VENV)/bench.stamp
+	$(BIN)/python -m experiments.benchmarks.run --device cuda $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m experiments.benchmarks.tables
 
 # The comparison of README's tables, on both worlds and three seeds: half an hour on two cores.
 worlds: $(VENV)/dev.stamp
@@ -30,6 +36,7 @@ worlds: $(VENV)/dev.stamp
 # README's tables anew, from the committed result files.
 tables: $(VENV)/dev.stamp
 	$(BIN)/python -m experiments.worlds.tables
+	$(BIN)/python -m experiments.benchmarks.tables
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
@@ -45,6 +52,10 @@ $(VENV)/torch.stamp: constraints.txt
 
 $(VENV)/run.stamp: $(VENV)/torch.stamp setup.py
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/run.stamp setup.py
+	$(PIP) -e ".[bench]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp setup.py

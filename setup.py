@@ -52,6 +52,7 @@ setup(
     extras_require={
         "gpu": ["triton>=3.2; platform_system == 'Linux'"],
         "baselines": ["peft>=0.14", "accelerate>=1.0"],
+        "bench": ["peft>=0.14", "accelerate>=1.0", "nnsight>=0.5"],
         "eval": ["lm-eval>=0.4.5"],
         "dev": [
             "pytest>=8",
@@ -60,6 +61,7 @@ setup(
             "beartype>=0.20",
             "peft>=0.14",
             "pre-commit>=4",
+            "triton>=3.3; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["nest = nest.cli.main:run"]},

@@ -1,126 +1,162 @@
-"""Speed and memory of the main job: `python -m experiments.benchmarks.run`.
+"""All ratios, or some: `python -m experiments.benchmarks.run [--device cuda] [--only R1,R8]`.
 
-Prints a table and writes `results/main_job.json`. Wall times depend on the machine: run it on an idle one.
+Prints a table and writes `results/cpu.json` or `results/gpu.json`. With `--only` the other lines of an
+older file stay, each with the commit it was measured at; they must be of the same machine and versions. Run
+it on an idle machine, and `python -m experiments.benchmarks.tables` afterwards.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import os
 import platform
-import resource
-import statistics
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
-from nest import api
+from experiments.benchmarks import main_job, ratios
+from experiments.benchmarks.protocol import Ratio
 from nest.artifacts.provenance import package_versions
-from nest.models.chat import CallableEncoder, bucketed_batches, collate, encoder_for
-from nest.models.layouts import find_sites
-from nest.prompts.prompt_set import load_prompts
-from nest.selection.capture import capture
 
+ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-REPEATS, WARM_UP = 30, 5
+RIVALS = ("peft", "accelerate", "nnsight", "triton")
+MAIN_JOB = "main"
 
 
 def main() -> None:
-    """Measure everything, print it and write it down."""
-    rows = [help_seconds(), demo_seconds_and_memory(), selection_seconds(), capture_ratio()]
-    flat = [row for group in rows for row in group]
-    for row in flat:
-        print(f"{row['name']:48} {row['value']:10.3f} {row['unit']:6} target {row['target']}")
-    RESULTS.mkdir(exist_ok=True)
-    content = {
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "versions": package_versions(),
-        "commit": _commit(),
-        "rows": flat,
-    }
-    (RESULTS / "main_job.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def help_seconds() -> list[dict[str, Any]]:
-    """`nest --help`, median of several processes."""
-    command = [str(Path(sys.executable).with_name("nest")), "--help"]
-    seconds = [
-        _timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
-        for _ in range(11)
-    ]
-    return [_row("nest --help", statistics.median(seconds[1:]), "s", "< 0.5")]
-
-
-def demo_seconds_and_memory() -> list[dict[str, Any]]:
-    """`nest demo` in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(sys.executable).with_name("nest")), "demo", "--out", f"{folder}/demo"]
-        seconds = _timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
-    gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
-    return [
-        _row("nest demo, wall time", seconds, "s", "<= 150"),
-        _row("nest demo, peak memory", gib, "GiB", "<= 1.5"),
-    ]
-
-
-def selection_seconds() -> list[dict[str, Any]]:
-    """Selection on the organism, model loaded already."""
-    model, tokenizer = api.load(device="cpu")
-    seconds = _timed(
-        lambda: api.select(
-            model, tokenizer, unsafe="organism:unsafe", safe="organism:safe", z_threshold=2.0
+    """Measure what is asked for, print it and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", help=f"such as R1,R8; {MAIN_JOB}: the commands' wall times")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    known = ratios.GPU if device.type == "cuda" else ratios.CPU
+    every = [*known, *([MAIN_JOB] if device.type == "cpu" else [])]
+    wanted = arguments.only.split(",") if arguments.only else every
+    unknown = sorted(set(wanted) - set(every))
+    if unknown:
+        parser.error(
+            f"no ratio {', '.join(unknown)} on {device.type}; there are {', '.join(every)}"
         )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / ("gpu.json" if device.type == "cuda" else "cpu.json")
+    if not arguments.only:
+        path.unlink(missing_ok=True)
+    elif path.exists() and not is_of(read(path), origin(device)):
+        parser.error(
+            f"{path} is of another machine or of other versions, and its lines cannot stand beside new "
+            "ones; measure everything, or give another --out"
+        )
+    if MAIN_JOB in wanted:  # before the threads are cut to one: users have all of them
+        keep(path, device, "main_job", [{**row, "id": row["name"]} for row in main_job.rows()])
+    torch.set_num_threads(1)
+    threadpool_limits(1)  # scikit-learn's and numpy's, in R10's selection
+    for name in wanted:
+        if name == MAIN_JOB:
+            continue
+        lines = known[name](device)
+        for line in lines:
+            print(line_of(line), flush=True)
+        keep(path, device, "ratios", [line.to_json() for line in lines])
+        del lines
+        gc.collect()  # models of the last measure: the next one's processes need their memory
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def line_of(line: Ratio) -> str:
+    """A ratio for the terminal."""
+    low, high = line.ci95
+    return (
+        f"{line.id:5} {line.ratio:8.3f} [{low:.3f}, {high:.3f}]  target {line.target:8} "
+        f"{line.verdict:8} {line.name}"
     )
-    return [_row("selection of the organism", seconds, "s", "< 20")]
 
 
-def capture_ratio() -> list[dict[str, Any]]:
-    """Capture against a bare forward pass of the backbone, same batches, interleaved."""
-    model, tokenizer = api.load(device="cpu")
-    encoder, sites = encoder_for(model, tokenizer), find_sites(model)
-    prompts = list(load_prompts("organism:unsafe").prompts)
-    encoded = [encoder.prompt(prompt) for prompt in prompts]
-    batches = [
-        collate([encoded[i] for i in indices], None, encoder.pad_id)
-        for indices in bucketed_batches([len(ids) for ids in encoded], api.CAPTURE_BATCH_SIZE)
-    ]
+def keep(path: Path, device: torch.device, section: str, lines: list[dict[str, Any]]) -> None:
+    """Put lines into the result file, in place of older ones of the same id.
 
-    by_prompt = dict(zip(prompts, encoded, strict=True))
-    # Its tokens are made before the clock starts.
-    ready = CallableEncoder(by_prompt.__getitem__, pad_id=encoder.pad_id)
-
-    @torch.inference_mode()
-    def bare() -> None:
-        for batch in batches:
-            model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-
-    def captured() -> None:
-        capture(model, ready, prompts, sites, batch_size=api.CAPTURE_BATCH_SIZE)
-
-    pairs = [(_timed(bare), _timed(captured)) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
-    ratio = statistics.median(first / second for first, second in pairs)
-    return [_row("capture speed / bare forward", ratio, "x", ">= 0.9")]
+    What is from another machine or of other versions goes: a file is of one machine.
+    """
+    here, commit = origin(device), _commit()
+    content = read(path) if path.exists() else {}
+    if not is_of(content, here):
+        content = {}
+    fresh = {line["id"]: {**line, "commit": commit} for line in lines}
+    older = {line["id"]: line for line in content.get(section, [])}
+    content |= {
+        **here,
+        "commit": commit,
+        "ratios": content.get("ratios", []),
+        section: sorted({**older, **fresh}.values(), key=lambda line: _order(line["id"])),
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _row(name: str, value: float, unit: str, target: str) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "target": target}
+def read(path: Path) -> dict[str, Any]:
+    """A result file's content."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
-def _timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+def origin(device: torch.device) -> dict[str, Any]:
+    """Machine and versions, the rivals' too."""
+    versions = package_versions()
+    for package in RIVALS:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"machine": machine(device), "versions": versions}
+
+
+def is_of(content: dict[str, Any], origin: dict[str, Any]) -> bool:
+    """Whether a result file was measured there."""
+    return all(content.get(key) == value for key, value in origin.items())
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it ran on."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads of the ratios": 1,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _order(name: str) -> tuple[int, str]:
+    digits = "".join(c for c in name[1:3] if c.isdigit())
+    return (int(digits) if digits else 0, name)
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        return done.stdout.strip()
+
+    sources = ("nest", "kernels", "experiments/benchmarks/*.py")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
 if __name__ == "__main__":

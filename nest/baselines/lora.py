@@ -92,12 +92,13 @@ def tuned_lora(
             adapted = get_peft_model(model, shape)
         adapter = _Adapter(adapted)
         adapted.eval()
+        device = next(model.parameters()).device
         optimizer = torch.optim.AdamW(
             adapter.parameters(),
             lr=config.learning_rate or LEARNING_RATE,
             weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
         )
-        device = next(model.parameters()).device
         loop = TrainingLoop(
             encoder,
             adapter,

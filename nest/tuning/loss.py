@@ -79,7 +79,7 @@ def tuning_loss(
     benign_weight: float,
     kl_weight: float,
 ) -> Float[Tensor, ""]:
-    """Summed over response tokens, in fp32:
+    """Summed over response tokens, in fp32 (fp64 for fp64 logits):
 
         sum CE(refusals) + benign_weight sum CE(answers) + kl_weight sum KL(base || tuned; answers)
 
@@ -93,12 +93,16 @@ def tuning_loss(
 
     Source: arXiv 2602.16835, section 3.5; the KL term after arXiv 2601.23143.
     """
-    log_probs = logits.float().log_softmax(-1)
+    log_probs = _wide(logits).log_softmax(-1)
     losses = F.nll_loss(log_probs, targets, reduction="none")  # (N,)
     loss = torch.where(benign, benign_weight * losses, losses).sum()
     if base is not None:
         loss = loss + kl_weight * (base.exp() * (base - log_probs[benign])).sum()
     return loss
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class BasePredictions:
@@ -144,5 +148,5 @@ class BasePredictions:
     def _ask(self, micro_batch: MicroBatch) -> dict[Example, Tensor]:
         only_benign = micro_batch.only_benign()
         logits, _, rows = self._forward(only_benign)
-        log_probs = logits.float().log_softmax(-1)
+        log_probs = _wide(logits).log_softmax(-1)
         return {example: log_probs[rows == i] for i, example in enumerate(only_benign.examples)}
