@@ -127,6 +127,27 @@ def layer_wide(model: nn.Module) -> NeuronSelection:
     return NeuronSelection(tuple(parts), fingerprint(model, [part.site for part in parts]))
 
 
+class _Packed(nn.Module):
+    """A quantised layer, as bitsandbytes has them: bytes in, floats out."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.values = linear.weight.detach().clone()
+        bytes_ = self.values.flatten().view(torch.uint8)[:, None]
+        self.weight = nn.Parameter(bytes_.clone(), requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.values.T
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj"):
+            setattr(layer.mlp, name, _Packed(getattr(layer.mlp, name)))
+    return model
+
+
 def word_tokenizer(template: str | None = TEMPLATE) -> Any:
     """One token a word."""
     vocabulary = {word: i for i, word in enumerate(SPECIAL_TOKENS + WORDS)}
@@ -211,7 +232,9 @@ def filled(update: ClusterUpdate, seed: int = 0) -> None:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer that is the model's own."""
-    own = {name: value for name, value in model.state_dict().items() if name != PARAMETER}
+    own = {
+        name: value for name, value in model.state_dict().items() if not name.startswith(PARAMETER)
+    }
     return {name: value.detach().clone() for name, value in own.items()}
 
 

@@ -19,7 +19,6 @@ class Members:
         order: Positions in `columns`, cluster by cluster, int64 (N,).
         starts: Where each cluster begins in `order`, int64 (K + 1,).
         n_clusters: K.
-        largest: Size of the largest cluster.
     """
 
     columns: Int[Tensor, " N"]
@@ -27,7 +26,6 @@ class Members:
     order: Int[Tensor, " N"]
     starts: Int[Tensor, " K1"]
     n_clusters: int
-    largest: int
 
     @staticmethod
     def of(columns: Int[Tensor, " N"], clusters: Int[Tensor, " N"], n_clusters: int) -> Members:
@@ -35,4 +33,4 @@ class Members:
         sizes = torch.bincount(clusters, minlength=n_clusters)
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         order = torch.argsort(clusters, stable=True)
-        return Members(columns, clusters, order, starts, n_clusters, int(sizes.max()))
+        return Members(columns, clusters, order, starts, n_clusters)

@@ -62,8 +62,8 @@ def tuned_lora(
         rank: Of the adapter.
         harmful: Prompts with the refusals to give.
         benign: Prompts with their good answers.
-        config: As for `tune_update`; its `update` plays no part, and a learning rate of None means
-            `LEARNING_RATE`.
+        config: As for `tune_update`; its `update`, `mode`, `layers`, `checkpointing` and
+            `cache_prefix` play no part, and a learning rate of None means `LEARNING_RATE`.
         progress: Called with stage, steps done, steps in all.
 
     Yields:

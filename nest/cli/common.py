@@ -18,8 +18,6 @@ from nest.errors import InputError, MissingInputError, NestError
 
 EXIT_GATE_FAILED = 3
 EXIT_INTERRUPTED = 130
-# The end of `--layers A:`: no model has as many.
-ALL_LAYERS = 1_000_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +88,7 @@ def parse_batch_size(value: str) -> int | Literal["auto"]:
     raise InputError(f"--batch-size is {value!r}; it must be auto or a number from 1")
 
 
-def parse_layers(value: str | None) -> tuple[int, int] | None:
+def parse_layers(value: str | None) -> tuple[int, int | None] | None:
     """`A:B` as the first layer and the one after the last; either may be left out.
 
     Raises:
@@ -100,7 +98,7 @@ def parse_layers(value: str | None) -> tuple[int, int] | None:
         return None
     first, colon, end = value.partition(":")
     if colon and all(part == "" or part.isdecimal() for part in (first, end)):
-        return int(first or 0), int(end) if end else ALL_LAYERS
+        return int(first or 0), int(end) if end else None
     raise InputError(
         f"--layers is {value!r}; it must be A:B, the first layer and the one after the last, such "
         "as 8:24 or 8:"
@@ -132,7 +130,8 @@ DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto keeps the checkpoint's; float32, bfloat16, float16.")
 ]
 BatchSizeOption = Annotated[
-    str, typer.Option("--batch-size", help="auto, or prompts a forward pass.")
+    str,
+    typer.Option("--batch-size", help="auto, or prompts a forward pass (tune: dialogues a step)."),
 ]
 SystemOption = Annotated[
     str | None, typer.Option("--system", help="System prompt put before every prompt.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -176,8 +177,8 @@ def command(
                 seed=seed,
             )
         except TuningStoppedError as fault:
-            kept = out.with_name(f"{out.name}-step-{fault.result.best_step}")
-            fault.result.patch.save(kept, overwrite=overwrite)
+            kept = _free_name(out.with_name(f"{out.name}-step-{fault.result.best_step}"))
+            fault.result.patch.save(kept)
             raise ActivationError(f"{fault}: its patch is in {kept}") from None
         if result.best_step == 0:
             run.warn(
@@ -223,3 +224,9 @@ def _parse_learning_rate(value: str) -> float | None:
         return float(value)
     except ValueError:
         raise InputError(f"--learning-rate is {value!r}; it must be auto or a number") from None
+
+
+def _free_name(path: Path) -> Path:
+    """The path itself, or with a number where there is something already."""
+    names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
+    return next(free for name in names if not (free := path.with_name(name)).exists())

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nest.evaluation.generation import eval_mode
 from nest.models.chat import Batch, Encoder, collate, logits_of, run_model
+from nest.models.modes import eval_mode
 
 TOKENS_PER_BATCH = 2048
 """Most tokens in a batch: with a vocabulary of 150 k their fp32 logits are 1.2 GB."""

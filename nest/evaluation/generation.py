@@ -8,8 +8,7 @@ flags need to be neutralised and any `nn.Module` will do.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nest.errors import InputError
-from nest.evaluation.batches import plan_batches
+from nest.evaluation.batches import DecodingBatch, plan_batches
 from nest.evaluation.config import Engine
 from nest.evaluation.paged import decode_paged, pays, why_not_paged
+from nest.evaluation.workers import n_workers, run_each
 from nest.models.chat import Encoder, collate, logits_of, run_model
+from nest.models.modes import eval_mode
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -121,13 +122,17 @@ def generate_tokens(
             found = decode_paged(model, encoder, unique, allowed, batch_size, report)
             answers = dict(zip(unique, found, strict=True))
             batches = []
-        for indices, n_shared, allowance in batches:
-            batch = [unique[index] for index in indices]
+
+        def decode(planned: DecodingBatch) -> list[list[int]]:
+            batch = [unique[index] for index in planned.indices]
             if has_cache:
-                found = _decode_cached(model, encoder, batch, n_shared, allowance)
-            else:
-                found = _decode_recomputed(model, encoder, batch, allowance)
-            answers.update(zip(batch, found, strict=True))
+                return _decode_cached(
+                    model, encoder, batch, planned.n_shared, planned.max_new_tokens
+                )
+            return _decode_recomputed(model, encoder, batch, planned.max_new_tokens)
+
+        for planned, found in run_each(batches, decode, n_workers(model)):
+            answers |= {unique[i]: own for i, own in zip(planned.indices, found, strict=True)}
             report(len(answers))
     return [list(answers[tuple(prompt)]) for prompt in prompts]
 
@@ -284,15 +289,3 @@ def _forward_parameters(model: nn.Module) -> set[str]:
     unwrap = getattr(model, "get_base_model", None)
     base: Any = unwrap() if callable(unwrap) else model
     return set(inspect.signature(base.forward).parameters)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode within; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

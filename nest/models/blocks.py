@@ -23,13 +23,11 @@ class Blocks:
         path: Of the list, from the model's root.
         modules: The blocks.
         lowest: Index of the lowest block that holds a site.
-        highest: Index of the highest one.
     """
 
     path: str
     modules: tuple[nn.Module, ...]
     lowest: int
-    highest: int
 
 
 def enclosing_blocks(model: nn.Module, path: str) -> list[tuple[str, int]]:
@@ -51,7 +49,7 @@ def blocks_of(model: nn.Module, sites: Sequence[NeuronSite]) -> Blocks | None:
         return None
     (path,) = stacks
     indices = [place[0][1] for place in places]
-    return Blocks(path, tuple(model.get_submodule(path).children()), min(indices), max(indices))
+    return Blocks(path, tuple(model.get_submodule(path).children()), min(indices))
 
 
 @contextmanager

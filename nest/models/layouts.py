@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nest.errors import LayoutError
 from nest.models.blocks import enclosing_blocks
-from nest.models.sites import NeuronSite, site_weight
+from nest.models.sites import NeuronSite, site_module, site_weight
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 """Children of an MLP whose first two projections hold neurons, row i of both being neuron i."""
@@ -223,6 +223,13 @@ def _check_weights(model: nn.Module, sites: Sequence[NeuronSite]) -> None:
             raise LayoutError(
                 f"{site.parameter} is {weight.dtype}; its rows cannot take an update. Load the "
                 "model unquantised, with dtype bfloat16, float16 or float32"
+            )
+        module = site_module(model, site)
+        transposed = type(module).__name__ == "Conv1D"
+        if site.axis != int(transposed) and (transposed or isinstance(module, nn.Linear)):
+            raise LayoutError(
+                f"{site.module} is a {type(module).__name__}, whose outputs are counted by axis "
+                f"{int(transposed)} of its weight; the site says axis {site.axis}"
             )
         if parameters.get(site.parameter) is not weight:
             raise LayoutError(

@@ -83,6 +83,11 @@ def read_patch(folder: str | Path) -> dict[str, Any]:
     """The fields of a `NeuronPatch`, read from a folder and checked; see `NeuronPatch.load`."""
     manifest = read_manifest(folder, kind="patch")
     try:
+        if "row_checksums" not in manifest and "folded" in manifest:
+            raise PatchError(
+                f"{folder} was written by a nest before 1.1 of the format, without checksums of its rows; "
+                "tune again, or fold it with that nest"
+            )
         chosen = _entry(manifest, "selection", dict)
         update = _entry(manifest, "update", str)
         if update not in ("shared", "loaded"):

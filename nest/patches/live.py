@@ -20,7 +20,7 @@ _SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
-class RowBatch:
+class LiveBatch:
     """Rows of sites whose weights are of one dtype, width and device; they are computed at once.
 
     Attributes:
@@ -80,14 +80,14 @@ class LiveRows:
         weights: dict[str, Tensor],
         starts: Sequence[int],
         indices: Sequence[int],
-    ) -> RowBatch:
+    ) -> LiveBatch:
         parts = [selection.sites[i] for i in indices]
         home = weights[parts[0].site.parameter].device
         numbers = [
             torch.arange(starts[i], starts[i] + len(part.neurons))
             for i, part in zip(indices, parts, strict=True)
         ]
-        return RowBatch(
+        return LiveBatch(
             indices=tuple(indices),
             views=tuple(neuron_view(weights[p.site.parameter], p.site) for p in parts),
             neurons=tuple(part.neurons.to(home) for part in parts),
@@ -136,6 +136,11 @@ def touched_weights(model: nn.Module, selection: NeuronSelection) -> dict[str, T
             raise PatchError(
                 f"the patch is of another model: the rows of {part.site.parameter} have "
                 f"{weight.shape[1 - part.site.axis]} entries, those of the patch {part.width}"
+            )
+        if weight.device.type == "meta" or weight.element_size() not in _SAME_SIZE:
+            raise PatchError(
+                f"{part.site.parameter} is {weight.dtype} on {weight.device}: a patch changes weights that "
+                "are in memory in float16, bfloat16, float32 or float64; load the model so"
             )
         weights[part.site.parameter] = weight
     return weights

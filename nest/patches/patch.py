@@ -18,7 +18,7 @@ from nest.errors import PatchError
 from nest.models.fingerprint import ModelFingerprint, config_hash, dtype_name, tensor_hash
 from nest.models.sites import read_rows, site_weight, write_rows
 from nest.patches.archive import read_patch, write_patch
-from nest.patches.live import LiveRows, RowBatch, checksum, touched_weights
+from nest.patches.live import LiveBatch, LiveRows, checksum, touched_weights
 from nest.patches.rows import delta_rows, pack_revert_bits, unpack_original_rows
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest_kernels.neuron_adamw import updated_rows
@@ -222,7 +222,7 @@ class NeuronPatch:
             live.write(new)
             yield
 
-    def _folded_batch(self, batch: RowBatch, rows: Tensor) -> Tensor:
+    def _folded_batch(self, batch: LiveBatch, rows: Tensor) -> Tensor:
         parts = [self.selection.sites[i] for i in batch.indices]
         starts, groups = 0, {}
         for part in parts:
@@ -241,7 +241,7 @@ class NeuronPatch:
             raise _not_finite(parts[finite.index(False)].site.name, new.dtype)
         return new
 
-    def _original_batch(self, batch: RowBatch, rows: Tensor) -> Tensor:
+    def _original_batch(self, batch: LiveBatch, rows: Tensor) -> Tensor:
         originals = [
             self._original_rows(self.selection.sites[i], own.cpu())
             for i, own in zip(batch.indices, batch.split(rows), strict=True)

@@ -15,6 +15,7 @@ from nest.errors import InputError
 from nest.models.chat import logits_of, run_model
 from nest.models.fingerprint import tensor_hash
 from nest.models.loading import check_checkpoint, checkpoint_folder, load_weights
+from nest.models.modes import eval_mode
 from nest.models.sites import site_weight
 from nest.patches.checkpoint import changed_keys, match_keys, same_bits, shard_tensors
 from nest.patches.patch import NeuronPatch
@@ -210,18 +211,13 @@ def _probes(model: nn.Module, probes: Sequence[Sequence[int]] | None) -> list[li
 def _logits(model: nn.Module, probes: Sequence[Sequence[int]]) -> Float[Tensor, "B T V"]:
     """Logits of all probes one after the other, as one (1, all tokens, V) tensor in fp32."""
     parameter = next(model.parameters())
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        parts = []
+    parts = []
+    with eval_mode(model):
         for ids in probes:
             input_ids = torch.tensor([ids], dtype=torch.int64, device=parameter.device)
             output = run_model(model, input_ids, torch.ones_like(input_ids), use_cache=False)
             parts.append(logits_of(output).float().cpu())
-        return torch.cat(parts, dim=1)
-    finally:
-        for module in training:
-            module.training = True
+    return torch.cat(parts, dim=1)
 
 
 def _difference(first: Tensor, second: Tensor) -> float:

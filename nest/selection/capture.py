@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nest.errors import ActivationError, InputError, LayoutError
 from nest.models.chat import Encoder, bucketed_batches, run_model
+from nest.models.modes import eval_mode
 from nest.models.partial import run_until
 from nest.models.sites import NeuronSite, site_module
 from nest.selection.config import Pool
@@ -292,7 +293,6 @@ def hooked(model: nn.Module, sites: Sequence[NeuronSite], pool: Pool) -> Iterato
     """Forward hooks on the sites' modules for the time of the block."""
     reader = Reader(pool)
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    training = [module for module in model.modules() if module.training]
 
     def hook_for(own: Sequence[NeuronSite]) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -305,16 +305,14 @@ def hooked(model: nn.Module, sites: Sequence[NeuronSite], pool: Pool) -> Iterato
     by_module: dict[nn.Module, list[NeuronSite]] = {}
     for site in sites:
         by_module.setdefault(site_module(model, site), []).append(site)
-    try:
-        model.eval()
-        for module, own in by_module.items():
-            handles.append(module.register_forward_hook(hook_for(own)))
-        yield reader
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+    with eval_mode(model):
+        try:
+            for module, own in by_module.items():
+                handles.append(module.register_forward_hook(hook_for(own)))
+            yield reader
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _fault_at(

@@ -28,8 +28,8 @@ class SelectionConfig:
         scorer: `probe`: weights of a logistic regression; `contrast`: standardised mean difference.
         cluster_scope: `projection`: every site on its own, profiles standardised; `layer`: a layer's
             sites together, raw profiles. The best silhouette decides how many clusters there are.
-        layers: First layer and the layer after the last one to look in; None for all. Nothing is run
-            above the last.
+        layers: First layer to look in and the layer after the last one (None: to the end); None for
+            all. Nothing is run above the last.
         max_clusters: Upper bound on clusters a group; None means 4 a projection, 2 a layer.
         n_probe_seeds: Probes a site, each with its own held-out part; their weights are averaged.
         held_out: Share of the prompts that a probe does not see, in (0, 1).
@@ -45,7 +45,7 @@ class SelectionConfig:
     pool: Pool = "max"
     scorer: Scorer = "probe"
     cluster_scope: ClusterScope = "projection"
-    layers: tuple[int, int] | None = None
+    layers: tuple[int, int | None] | None = None
     max_clusters: int | None = None
     n_probe_seeds: int = 3
     held_out: float = 0.2
@@ -89,8 +89,20 @@ class SelectionConfig:
             raise InputError("selection settings: " + "; ".join(faults))
 
 
-def layer_faults(layers: tuple[int, int] | None) -> list[str]:
+def in_range(layer: int, layers: tuple[int, int | None]) -> bool:
+    """Whether a layer is one of `layers[0]` to `layers[1]` - 1; None is no upper end."""
+    first, end = layers
+    return first <= layer and (end is None or layer < end)
+
+
+def range_text(layers: tuple[int, int | None]) -> str:
+    """As the command line takes it, such as `8:24` or `8:`."""
+    first, end = layers
+    return f"{first}:{'' if end is None else end}"
+
+
+def layer_faults(layers: tuple[int, int | None] | None) -> list[str]:
     """What is wrong with a range of layers; nothing, or one sentence."""
-    if layers is None or 0 <= layers[0] < layers[1]:
+    if layers is None or (layers[0] >= 0 and (layers[1] is None or layers[0] < layers[1])):
         return []
-    return [f"layers is {layers[0]}:{layers[1]}; the first must be below the end, both from 0"]
+    return [f"layers is {range_text(layers)}; the first must be below the end, both from 0"]

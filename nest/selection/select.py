@@ -18,7 +18,7 @@ from nest.models.sites import NeuronSite
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.capture import Activations, ProgressCallback, capture
 from nest.selection.clusters import MAX_CLUSTERS, cluster_neurons, standardised
-from nest.selection.config import SelectionConfig
+from nest.selection.config import SelectionConfig, in_range, range_text
 from nest.selection.probe import check_labels, contrast, fit_probe, z_scores
 from nest.selection.selection import NeuronSelection, SiteSelection, site_width
 
@@ -150,13 +150,15 @@ def reclustered(
     return replace(selection, sites=tuple(parts), provenance=provenance)
 
 
-def _in_layers(sites: Sequence[NeuronSite], layers: tuple[int, int] | None) -> Sequence[NeuronSite]:
+def _in_layers(
+    sites: Sequence[NeuronSite], layers: tuple[int, int | None] | None
+) -> Sequence[NeuronSite]:
     if layers is None:
         return sites
-    kept = [site for site in sites if layers[0] <= site.layer < layers[1]]
+    kept = [site for site in sites if in_range(site.layer, layers)]
     if not kept:
         raise InputError(
-            f"the model has no sites in layers {layers[0]}:{layers[1]}; its layers are "
+            f"the model has no sites in layers {range_text(layers)}; its layers are "
             f"{min(site.layer for site in sites)} to {max(site.layer for site in sites)}"
         )
     return kept

@@ -16,7 +16,7 @@ from nest.errors import SelectionError
 from nest.models.fingerprint import ModelFingerprint, fingerprint
 from nest.models.layouts import find_sites
 from nest.models.sites import NeuronSite, site_weight
-from nest.selection.config import UpdateForm
+from nest.selection.config import UpdateForm, in_range, range_text
 
 FORMAT_VERSION = "1.0"
 
@@ -182,17 +182,17 @@ class NeuronSelection:
         touched = [part.site for part in parts]
         return NeuronSelection(tuple(parts), fingerprint(model, touched), {"how": "by hand"})
 
-    def in_layers(self, first: int, end: int) -> NeuronSelection:
-        """The part of the selection that lies in layers `first` to `end` - 1.
+    def in_layers(self, first: int, end: int | None = None) -> NeuronSelection:
+        """The part of the selection that lies in layers `first` to `end` - 1, or to the last.
 
         Raises:
             SelectionError: there is none.
         """
-        kept = tuple(part for part in self.sites if first <= part.site.layer < end)
+        kept = tuple(part for part in self.sites if in_range(part.site.layer, (first, end)))
         if not kept:
             layers = sorted({part.site.layer for part in self.sites})
             raise SelectionError(
-                f"the selection has no neurons in layers {first}:{end}; it has some in "
+                f"the selection has no neurons in layers {range_text((first, end))}; it has some in "
                 f"{', '.join(map(str, layers))}"
             )
         return replace(self, sites=kept)

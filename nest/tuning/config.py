@@ -33,8 +33,8 @@ class TuningConfig:
             as many as there is memory for.
         mode: `live`: the model's rows carry the update; `branch`: it is added to the projections'
             outputs, and no weight is written.
-        layers: First layer and the layer after the last one to tune; None for all that the selection
-            has. Nothing is run backward below the lowest.
+        layers: First layer to tune and the layer after the last one (None: to the end); None for all
+            that the selection has. Nothing is run backward below the lowest.
         checkpointing: Keep the inputs of blocks only and run them again in the backward pass: about
             a third more time, and a fraction of the activations' memory.
         cache_prefix: Keep the hidden states that enter the lowest tuned block, where it is not the
@@ -58,7 +58,7 @@ class TuningConfig:
     batch_size: int = 32
     micro_batch_size: int | None = None
     mode: UpdateMode = "live"
-    layers: tuple[int, int] | None = None
+    layers: tuple[int, int | None] | None = None
     checkpointing: bool = False
     cache_prefix: bool = True
     learning_rate: float | None = None

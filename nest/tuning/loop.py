@@ -6,7 +6,9 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +106,16 @@ class TrainingLoop:
             batches = epochs_of_batches(train, self.config.batch_size, seed=self.config.seed)
             losses: list[float] = []
             for step in range(1, self.n_steps + 1):
-                losses.append(self._step(next(batches), step))
+                try:
+                    losses.append(self._step(next(batches), step))
+                except ActivationError:
+                    # The steps since the last validation were good: see whether they are the best.
+                    with suppress(ActivationError):
+                        if losses and self._record(step - 1, fmean(losses), validation):
+                            best = self.update.snapshot()
+                    raise
                 if step % self.config.validate_every == 0 or step == self.n_steps:
-                    if self._record(step, sum(losses) / len(losses), validation):
+                    if self._record(step, fmean(losses), validation):
                         best = self.update.snapshot()
                     losses = []
                 if self.progress:
@@ -117,8 +126,7 @@ class TrainingLoop:
 
     def _record(self, step: int, train_loss: float | None, validation: Sequence[Example]) -> bool:
         """Note a validation loss; true where it is the lowest so far."""
-        with torch.no_grad():
-            loss = self._loss_in_memory(validation, backward=False)
+        loss = self._loss_in_memory(validation, backward=False)
         # Before the first step the step itself will tell, and name the site.
         if step > 0 and not math.isfinite(loss):
             raise ActivationError(
@@ -174,21 +182,23 @@ class TrainingLoop:
         if config.kl_weight > 0:
             base = self.base.of(micro_batches)
         total = 0.0
+        grad_mode = torch.enable_grad if backward else torch.no_grad
         for i, micro_batch in enumerate(micro_batches):
-            logits, targets, rows = self.ask(micro_batch)
-            benign = torch.tensor([e.benign for e in micro_batch.examples], device=rows.device)
-            has_base = base is not None and bool(micro_batch.benign_rows)
-            loss = tuning_loss(
-                logits,
-                targets,
-                benign[rows],
-                base[i].to(logits.device) if base is not None and has_base else None,
-                benign_weight=config.benign_weight,
-                kl_weight=config.kl_weight,
-            )
-            loss = loss / n_targets
-            if backward:
-                loss.backward()
+            with grad_mode():
+                logits, targets, rows = self.ask(micro_batch)
+                benign = torch.tensor([e.benign for e in micro_batch.examples], device=rows.device)
+                has_base = base is not None and bool(micro_batch.benign_rows)
+                loss = tuning_loss(
+                    logits,
+                    targets,
+                    benign[rows],
+                    base[i].to(logits.device) if base is not None and has_base else None,
+                    benign_weight=config.benign_weight,
+                    kl_weight=config.kl_weight,
+                )
+                loss = loss / n_targets
+                if backward:
+                    loss.backward()
             total += float(loss.detach())
         return total
 

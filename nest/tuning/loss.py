@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nest.errors import LayoutError
 from nest.models.chat import Batch, logits_of, run_model
 from nest.tuning.dialogues import Example, MicroBatch
 from nest.tuning.protocol import Trainable
@@ -45,8 +46,8 @@ def target_logits(model: nn.Module, batch: Batch, device: torch.device) -> Targe
 
     def narrow(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal narrowed
-        states = args[0]
-        if states.shape[:2] != wanted.shape:
+        states = args[0] if args else None
+        if not isinstance(states, Tensor) or states.shape[:2] != wanted.shape:
             return None
         narrowed = True
         return (states[wanted.to(states.device)][None], *args[1:])  # (1, N, D)
@@ -59,6 +60,13 @@ def target_logits(model: nn.Module, batch: Batch, device: torch.device) -> Targe
         if handle is not None:
             handle.remove()
     home = logits.device
+    # Narrowed logits are one row; a head that serves something else first leaves the last ones whole.
+    narrowed &= logits.shape[:2] == (1, int(wanted.sum()))
+    if not narrowed and logits.shape[:2] != wanted.shape:
+        raise LayoutError(
+            f"the model returned logits of shape {tuple(logits.shape)} for tokens of shape "
+            f"{tuple(wanted.shape)}; expected one vector a token"
+        )
     chosen = logits[0] if narrowed else logits[wanted.to(home)]  # (N, V)
     tokens = batch.input_ids[batch.completion_mask].to(home)
     return Targets(chosen, tokens, wanted.nonzero()[:, 0].to(home))

@@ -113,7 +113,7 @@ class NeuronAdamW(torch.optim.Optimizer):
             InputError: it belongs to an update of another size.
         """
         for state in state_dict["state"].values():
-            found = tuple(state["exp_avg"].shape)
+            found = tuple(state["exp_avg"].shape) if "exp_avg" in state else "another optimizer"
             if found != tuple(self.update.packed.shape):
                 raise InputError(
                     f"the optimizer's state is for {found} numbers and the update has "
@@ -135,14 +135,11 @@ class NeuronAdamW(torch.optim.Optimizer):
 
     def _rate(self) -> Tensor:
         """The learning rate as a scalar on the device, whatever a user or scheduler made of it."""
-        group, home = self.param_groups[0], self.update.packed.device
+        group, like = self.param_groups[0], self.update.packed
         rate = group["lr"]
-        if not isinstance(rate, Tensor) or rate.device != home or rate.ndim:
-            value = (
-                rate.reshape(())
-                if isinstance(rate, Tensor)
-                else torch.tensor(rate, dtype=self.update.packed.dtype)
-            )
-            group["lr"] = value.to(home)
+        fits = isinstance(rate, Tensor) and not rate.ndim
+        if not fits or rate.device != like.device or rate.dtype != like.dtype:
+            value = torch.as_tensor(rate, dtype=like.dtype)
+            group["lr"] = value.reshape(()).to(like.device)
         scalar: Tensor = group["lr"]
         return scalar

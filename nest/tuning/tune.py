@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from nest.errors import ActivationError, TuningStoppedError
 from nest.models.blocks import blocks_of, checkpointed
 from nest.models.chat import Encoder
+from nest.models.modes import eval_mode
 from nest.patches.patch import NeuronPatch
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
@@ -96,11 +97,12 @@ def tune_update(
         selection = selection.in_layers(*config.layers)
     train, validation, n_steps = prepare(encoder, harmful, benign, config)
     with (
-        _in_eval_mode(model),
+        eval_mode(model),  # dropout would be noise on top of a frozen model
         trainable(
             model, selection, update=config.update, mode=config.mode, seed=config.seed
         ) as update,
     ):
+        update.check_patchable()
         rate = config.learning_rate or RELATIVE_RATE * update.row_scale()
         ask = _Forward(model, update, config, warn)
         ask.check([*train[:N_CHECKED]], encoder.pad_id)
@@ -176,11 +178,18 @@ class _Forward:
             self.prefix = FrozenPrefix(model, blocks, self.device, warn=warn)
 
     def __call__(self, micro_batch: MicroBatch) -> Targets:
-        with ExitStack() as stack:
-            if self.prefix is not None:
-                stack.enter_context(self.prefix.skipped(micro_batch))
-            stack.enter_context(checkpointed(self._checkpointed))
+        with checkpointed(self._checkpointed):
+            return self.whole(micro_batch)
+
+    def whole(self, micro_batch: MicroBatch) -> Targets:
+        """The same without checkpointing."""
+        with nullcontext() if self.prefix is None else self.prefix.skipped(micro_batch):
             return target_logits(self.model, micro_batch.batch, self.device)
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks are checkpointed, at least one."""
+        return max(1, len(self._checkpointed))
 
     def check(self, examples: Sequence[Example], pad_id: int) -> None:
         """Leave the prefix out where the model does not compute the same from it."""
@@ -217,12 +226,14 @@ def _memory(
         sizes.append(4 * found.logits.numel())
         return found
 
+    activations = 0
     try:
         activations = saved_bytes(model, run)
+        if config.checkpointing:  # and one block whole, while it is run again
+            activations += saved_bytes(model, lambda: ask.whole(micro_batch)) // ask.n_blocks
     except (RuntimeError, MemoryError) as fault:
         if not is_out_of_memory(fault):
             raise
-        activations = 0
     packed = update.packed
     rows = sum(site.originals.numel() * site.originals.element_size() for site in update.rows)
     return estimate(
@@ -235,15 +246,3 @@ def _memory(
         device=ask.device,
         micro_batch_size=config.micro_batch_size,
     )
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout would be noise on top of a frozen model; afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

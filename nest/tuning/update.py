@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nest.errors import InputError, SelectionError
+from nest.errors import InputError, LayoutError, SelectionError
 from nest.models.fingerprint import config_hash, fingerprint
 from nest.models.sites import neuron_view, read_rows, site_module, site_weight, write_rows
 from nest.patches.patch import NeuronPatch
@@ -20,11 +21,12 @@ from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest.tuning.attach import AddBranch, Part, SplitUpdate, ThroughRows
 from nest.tuning.config import UpdateMode
+from nest_kernels.backend import VARIABLE, use_triton
 from nest_kernels.cluster_grad import Members
 from nest_kernels.neuron_adamw import SiteRows, SiteTable, write_updated_rows
 
 PARAMETER = "nest_update"
-"""Name of the packed parameters in the model while an update is trainable."""
+"""Where the packed parameters are in the model while an update is trainable."""
 
 # Loadings start at one plus this much noise: all equal, they would be the shared form.
 LOADING_NOISE = 0.01
@@ -58,7 +60,7 @@ class ClusterUpdate:
     """U (and s) of every site, packed in one fp32 tensor, and the model that runs with them.
 
     Made by `trainable`. Inside its block the packed parameters are the model's only trainable
-    parameter, named `nest_update`: `model.zero_grad()`, `model.parameters()` and whatever clips,
+    parameter, named `nest_update.packed`: `model.zero_grad()`, `model.parameters()` and whatever clips,
     reduces or saves by them (transformers' Trainer, accelerate) find it there.
 
     Attributes:
@@ -90,15 +92,18 @@ class ClusterUpdate:
             values[self.n_vector_parameters :] = 1.0 + LOADING_NOISE * noise
         home = _device_of(site_module(model, selection.sites[0].site), model)
         self.packed = nn.Parameter(values.to(home))
+        _check_backend(self.packed)
         self._vector_parts, self._loading_parts = self._partition()
         self.sites = tuple(self._site_updates())
         self._rows = SiteTable(site.rows for site in self.sites if site.rows is not None)
         self._places = [
-            (weight, weight.data_ptr())
-            for site in self.sites
-            if isinstance(weight := getattr(site.module, site.part.site.tensor, None), Tensor)
+            (site, weight := site_weight(model, site.part.site), weight.data_ptr())
+            for site in (self.sites if mode == "live" else ())
         ]
-        self._attached = True
+        self._parents = [_parent_of(model, site.part.site.module) for site in self.sites]
+        self._memory = self.packed.data_ptr()
+        self._n_removed = 0
+        self._ended = False
 
     def _partition(self) -> tuple[dict[str, Part], dict[str, Part]]:
         """Where each group's vectors and each site's loadings stand; together all of the buffer."""
@@ -115,7 +120,8 @@ class ClusterUpdate:
     def _site_updates(self) -> Iterator[SiteUpdate]:
         names = [*self._vector_parts, *self._loading_parts]
         parts = (*self._vector_parts.values(), *self._loading_parts.values())
-        slices: tuple[Tensor, ...] = SplitUpdate.apply(self.packed, parts)
+        with torch.enable_grad():  # they serve all passes, whatever the mode is now
+            slices: tuple[Tensor, ...] = SplitUpdate.apply(self.packed, parts)
         vectors = dict(zip(names[: len(self._vector_parts)], slices, strict=False))
         loadings = dict(
             zip(names[len(vectors) :], slices[len(vectors) :], strict=True)
@@ -194,13 +200,44 @@ class ClusterUpdate:
             return {}
         return {name: part.of(packed.detach()).clone() for name, part in parts.items()}
 
-    def check_weights(self) -> None:
-        """Refuse to go on where the model's weights are no longer those that were prepared.
+    def check_patchable(self) -> None:
+        """Refuse weights that no patch can be made for.
 
         Raises:
-            SelectionError: a site's tensor was replaced or moved; names it.
+            SelectionError: a weight that is quantised or elsewhere.
         """
-        for site, (weight, address) in zip(self.sites, self._places, strict=False):
+        for site in self.sites:
+            if not _is_plain(getattr(site.module, site.part.site.tensor, None)):
+                raise SelectionError(
+                    f"{site.part.site.parameter} is quantised or elsewhere: a patch changes plain "
+                    "weights. Train in nest.trainable(mode='branch') and take "
+                    "update.patch(base=the unquantised model)"
+                )
+
+    def check_weights(self) -> None:
+        """Refuse to go on where what was prepared is no longer what the model runs.
+
+        Raises:
+            InputError: the block of `trainable` has ended.
+            SelectionError: a site's module or tensor, or the update's own, was replaced or moved.
+        """
+        if self._ended:
+            raise InputError(
+                "the block of nest.trainable has ended and the model is as it was; train inside the "
+                "block, and take update.patch() there"
+            )
+        if self.packed.data_ptr() != self._memory:
+            raise SelectionError(
+                "the update's parameter was moved to other memory while it was being trained; keep "
+                "its own memory (copy_ into it), and put the model on its device before nest.trainable"
+            )
+        for site, (parent, name) in zip(self.sites, self._parents, strict=True):
+            if parent._modules.get(name, site.module) is not site.module:
+                raise SelectionError(
+                    f"the module {site.part.site.module} was replaced while its update was being "
+                    "trained; change the model before nest.trainable"
+                )
+        for site, weight, address in self._places:
             current = getattr(site.module, site.part.site.tensor, None)
             if current is not weight or weight.data_ptr() != address:
                 raise SelectionError(
@@ -209,26 +246,32 @@ class ClusterUpdate:
                 )
 
     def write(self) -> None:
-        """Put cast(W0 + s U[c]) into the model's rows; nothing to do in branch mode."""
-        write_updated_rows(self._rows, self.packed.detach())
+        """Put cast(W0 + s U[c]) into the model's rows.
+
+        Nothing is written in branch mode, while the update is `removed`, and after its block.
+        """
+        if not self._n_removed and not self._ended:
+            write_updated_rows(self._rows, self.packed.detach())
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the original rows back, bit for bit, wherever the weights are by now."""
+        if self._ended:
+            return
         for site, rows in zip(self.sites, self._rows, strict=False):
             place = site.part.site
             write_rows(getattr(site.module, place.tensor), place, rows.neurons, rows.originals)
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """The base model for the time of the block."""
+        """The base model for the time of the block; such blocks may stand inside one another."""
+        self._n_removed += 1
         try:
-            self._attached = False
             self.restore()
             yield
         finally:
+            self._n_removed -= 1
             self.write()
-            self._attached = True
 
     def snapshot(self) -> list[Tensor]:
         """A copy of all vectors and loadings."""
@@ -260,12 +303,8 @@ class ClusterUpdate:
                 f"a patch holds fp32 and the update is {self.packed.dtype}; leave out "
                 "nest.trainable(dtype=...), which is for checking gradients"
             )
-        for site in self.sites if base is None else ():
-            if not _is_plain(getattr(site.module, site.part.site.tensor, None)):
-                raise SelectionError(
-                    f"{site.part.site.parameter} is quantised or elsewhere: a patch changes plain "
-                    "weights; pass the unquantised model as update.patch(base=model)"
-                )
+        if base is None:
+            self.check_patchable()
         vectors = self._slices(self._vector_parts, self.packed)
         loadings = self._slices(self._loading_parts, self.packed)
         with self.removed(), self._unregistered():
@@ -280,21 +319,46 @@ class ClusterUpdate:
     # --- in the model -----------------------------------------------------------------------------
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Register the packed parameter and one hook a site; `trainable` undoes both."""
-        self.model.register_parameter(PARAMETER, self.packed)
+        """Register the packed parameters and one hook a site; `trainable` undoes both."""
+        self._register()
         function = ThroughRows if self.mode == "live" else AddBranch
-        return [
+        handles = [
             site.module.register_forward_hook(self._hook(site, function)) for site in self.sites
         ]
+        if any(type(parameter).__name__ == "DTensor" for parameter in self.model.parameters()):
+            handles.append(self.packed.register_hook(_mean_over_ranks))
+        return handles
+
+    def end(self) -> None:
+        """Put the rows back and take the parameter out; from here on nothing is written."""
+        try:
+            self.restore()
+        finally:
+            self._ended = True
+            self._unregister()
 
     def _hook(
         self, site: SiteUpdate, function: type[torch.autograd.Function]
     ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        def apply(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        name = site.part.site.name
+
+        def apply(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
             # Rows carry the update by themselves; only a backward pass needs more.
             needed = self.mode == "branch" or torch.is_grad_enabled()
-            if not needed or not self._attached:
+            if not needed or self._n_removed:
                 return None
+            if module is not site.module:  # a deep copy took the hook along
+                if self.mode == "live":
+                    return None
+                raise InputError(
+                    "this is a copy of a model whose update is being trained in branch mode; make "
+                    "copies of the model outside of nest.trainable"
+                )
+            if not inputs or not isinstance(output, Tensor):
+                raise LayoutError(
+                    f"{name} is called without positional arguments, or does not return a tensor; name "
+                    "the projection itself with layout=[nest.NeuronSite(...)]"
+                )
             attached: Tensor = function.apply(
                 output, inputs[0], site.vectors, site.loadings, site.members
             )
@@ -302,15 +366,27 @@ class ClusterUpdate:
 
         return apply
 
+    def _register(self) -> None:
+        """As a child that comes last, so that the model's first parameter still tells its dtype."""
+        if isinstance(self.model, nn.Sequential):  # would run the child
+            self.model.register_parameter(PARAMETER, self.packed)
+        else:
+            self.model.add_module(PARAMETER, nn.ParameterDict({"packed": self.packed}))
+
+    def _unregister(self) -> bool:
+        held = (self.model._modules, self.model._parameters)
+        found = [place.pop(PARAMETER, None) for place in held]
+        return found != [None, None]
+
     @contextmanager
     def _unregistered(self) -> Iterator[None]:
         """Without the packed parameter, which is no part of the model's architecture."""
-        registered = self.model._parameters.pop(PARAMETER, None)
+        was_there = self._unregister()
         try:
             yield
         finally:
-            if registered is not None:
-                self.model.register_parameter(PARAMETER, registered)
+            if was_there:
+                self._register()
 
 
 @contextmanager
@@ -329,6 +405,9 @@ def trainable(
     update in them, and backward leaves the update's gradient in `update.packed.grad`. After the block
     the model is bit for bit as it was; take `update.patch()` before it ends.
 
+    Wrap the model in DDP inside the block, and compile it there for branch mode. A checkpoint saved inside
+    the block holds the live rows and `nest_update`; for one to publish, fold the patch.
+
     Args:
         model: Any module; in live mode its selected rows change while the block lasts.
         selection: Of this very model; in branch mode also of the model it is a quantised copy of.
@@ -345,11 +424,11 @@ def trainable(
     """
     _check_settings(update, mode, dtype)
     modules = {site_module(model, part.site): None for part in selection.sites}
-    if any(hasattr(module, _MARK) for module in modules) or hasattr(model, PARAMETER):
+    if any(hasattr(module, _MARK) for module in model.modules()):
         raise InputError("this model has a trainable update already; leave that block first")
     if mode == "live":
         _check_writable(model, selection)
-    _check_same_model(model, selection)
+    _check_same_model(model, selection, mode)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handles: list[torch.utils.hooks.RemovableHandle] = []
     live = ClusterUpdate(model, selection, update, mode, seed, dtype)
@@ -363,13 +442,12 @@ def trainable(
     finally:
         for handle in handles:
             handle.remove()
-        live.restore()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        model._parameters.pop(PARAMETER, None)
         for module in modules:
             if hasattr(module, _MARK):
                 delattr(module, _MARK)
+        live.end()
 
 
 def _check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
@@ -382,8 +460,21 @@ def _check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
 
 
 def _check_writable(model: nn.Module, selection: NeuronSelection) -> None:
+    """The rows can be written, and nothing but the sites' own modules computes with them."""
+    owners: dict[int, str] = {}
+    modules = {site_module(model, part.site) for part in selection.sites}
+    for path, module in model.named_modules():
+        for name, parameter in (
+            module.named_parameters(recurse=False) if module not in modules else ()
+        ):
+            owners[id(parameter)] = f"{path}.{name}"
     for part in selection.sites:
         weight = getattr(site_module(model, part.site), part.site.tensor, None)
+        if id(weight) in owners:
+            raise SelectionError(
+                f"{part.site.parameter} is tied to {owners[id(weight)]}: writing its rows would change "
+                "that module, too. Untie them, or train with mode='branch' (nest tune --mode branch)"
+            )
         if isinstance(weight, Tensor) and not _is_plain(weight):
             what = "on the meta device" if weight.device.type == "meta" else f"{weight.dtype}"
             if type(weight) not in (Tensor, nn.Parameter):
@@ -395,7 +486,7 @@ def _check_writable(model: nn.Module, selection: NeuronSelection) -> None:
             )
 
 
-def _check_same_model(model: nn.Module, selection: NeuronSelection) -> None:
+def _check_same_model(model: nn.Module, selection: NeuronSelection, mode: UpdateMode) -> None:
     """Same architecture, and the same bits in every weight that can be read."""
     readable = [
         part.site
@@ -404,7 +495,10 @@ def _check_same_model(model: nn.Module, selection: NeuronSelection) -> None:
     ]
     found = fingerprint(model, readable).tensors if readable else {}
     same_bits = all(found[name] == selection.base.tensors.get(name) for name in found)
-    if not same_bits or config_hash(model) != selection.base.config_hash:
+    # Of a custom model the shapes of all parameters are the architecture, and quantising changes them.
+    comparable = mode == "live" or hasattr(model, "config")
+    same_shape = not comparable or config_hash(model) == selection.base.config_hash
+    if not same_bits or not same_shape:
         raise SelectionError(
             "the selection was made on another model, or on this one before its weights changed; run "
             "`nest select` on this model"
@@ -428,3 +522,27 @@ def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
         if parameter.device.type != "meta":
             return parameter.device
     return torch.device("cpu")
+
+
+def _parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the one at this path, and its name there."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _mean_over_ranks(grad: Tensor) -> Tensor:
+    """FSDP reduces the gradients of the parameters it shards; the update is not among them."""
+    total = grad.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
+def _check_backend(packed: Tensor) -> None:
+    try:
+        triton = use_triton(packed)
+    except ValueError as fault:
+        raise InputError(f"{VARIABLE}: {fault}") from None
+    if triton and not packed.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"{VARIABLE}=triton needs the model on a CUDA GPU; leave {VARIABLE} out, or set it to reference"
+        )

@@ -54,4 +54,3 @@ def test_members_are_sorted_by_cluster() -> None:
     members = Members.of(torch.tensor([7, 2, 9, 4]), torch.tensor([2, 0, 2, 0]), 4)
     assert members.order.tolist() == [1, 3, 0, 2]
     assert members.starts.tolist() == [0, 2, 2, 4, 4]
-    assert members.largest == 2

@@ -132,7 +132,10 @@ def test_offloaded_quantised_and_computed_weights_are_refused() -> None:
         ([NeuronSite(0, "a", "fc1", 8, axis=2)], "axis 2"),
         ([NeuronSite(0, "a", "fc1", 8)] * 2, "twice"),
         ([NeuronSite(0, "a", "fc1", 5), NeuronSite(0, "b", "fc1", 4, offset=4)], "share rows"),
-        ([NeuronSite(0, "a", "fc1", 8), NeuronSite(0, "b", "fc1", 3, axis=1, offset=1)], "share"),
+        (
+            [NeuronSite(0, "a", "fc1", 8), NeuronSite(0, "b", "fc1", 3, axis=1, offset=1)],
+            "counted by axis 0",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(layout: list[NeuronSite], said: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import resource
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_models import (
     build,
     choose,
     encoder_of,
+    quantised,
     same_bits,
     state_of,
     word_tokenizer,
@@ -350,27 +352,45 @@ def test_a_model_that_looks_back_past_the_cache_is_run_whole() -> None:
     assert any("look back" in text for text in warned)
 
 
-def test_hidden_states_outlive_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_outlive_a_full_disk() -> None:
     warned: list[str] = []
     states = HiddenStates(0, warned.append)
-    examples = encode_dialogues(encoder_of(build()), from_values(HARMFUL[:3]), benign=False)
+    examples = encode_dialogues(encoder_of(build()), from_values(HARMFUL[:4]), benign=False)
     values = [torch.randn(len(e.ids), 4).to(torch.bfloat16) for e in examples]
     states.add(examples[0], values[0])
-    assert torch.equal(states.get(examples[0]), values[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # the disk takes half of the second one
+        room = 2 * values[0].numel() + values[1].numel()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        for example, value in zip(examples[1:], values[1:], strict=True):
+            states.add(example, value)
+            assert torch.equal(states.get(examples[0]), values[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(warned) == 1 and "no longer fit on the disk" in warned[0]
+    assert [example in states for example in examples] == [True, False, False, False]
 
-    class Full:
-        def seek(self, *_args: int) -> int:
-            return 0
 
-        def write(self, _data: object) -> int:
-            raise OSError(28, "No space left on device")
-
-    held, states._file = states._file, Full()
-    for example, value in zip(examples[1:], values[1:], strict=True):
-        states.add(example, value)
-    states._file = held
-    assert len(warned) == 1 and "No space left" in warned[0]
-    assert examples[0] in states and examples[1] not in states
+@pytest.mark.parametrize("share", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_little_looking_back_is_seen(share: float, dtype: torch.dtype) -> None:
+    model = build(dtype=dtype)
+    kept: dict[str, Any] = {"mlp": 0.0}
+    first, second = model.model.layers
+    first.mlp.register_forward_hook(lambda _m, _a, output: kept.update(mlp=output))
+    if share:
+        second.mlp.register_forward_hook(lambda _m, _a, output: output + share * kept["mlp"])
+    warned: list[str] = []
+    tune_update(
+        model,
+        encoder_of(model),
+        choose(model),
+        harmful=from_values(HARMFUL),
+        benign=from_values(BENIGN),
+        config=TuningConfig(**{**QUICK, "layers": (1, None), "max_steps": 1}),
+        warn=warned.append,
+    )
+    assert bool(warned) == (share > 0)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -457,3 +477,40 @@ def test_numbers_go_bad_after_good_steps_and_the_good_ones_are_kept(
     ]
     result.patch.fold_into(model)
     assert not same_bits(before, state_of(model))
+
+
+def test_steps_since_the_last_validation_count_among_the_good_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nest.tuning import loss
+
+    whole, steps = loss.tuning_loss, []
+
+    def poisoned(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        value = whole(logits, *args, **kwargs)
+        steps.extend([1] * value.requires_grad)
+        return value * float("nan") if value.requires_grad and len(steps) > 6 else value
+
+    monkeypatch.setattr("nest.tuning.loop.tuning_loss", poisoned)
+    with pytest.raises(TuningStoppedError, match=r"at step 7 .*step 6 was good") as raised:
+        tuned(build(), validate_every=25)
+    assert [record.step for record in raised.value.result.history] == [0, 6]
+
+
+def test_tuning_works_where_gradients_are_off() -> None:
+    with torch.no_grad():
+        result = tuned(build(), max_steps=4)
+    assert result.best_step > 0
+
+
+def test_weights_without_a_patch_are_refused_before_anything_is_trained() -> None:
+    plain = build()
+    with pytest.raises(SelectionError, match=r"mode='branch'\) and take update\.patch\(base="):
+        tune_update(
+            quantised(build()),
+            encoder_of(plain),
+            choose(plain),
+            harmful=from_values(HARMFUL),
+            benign=from_values(BENIGN),
+            config=TuningConfig(**{**QUICK, "mode": "branch"}),
+        )

@@ -7,7 +7,19 @@ from contextlib import suppress
 
 import pytest
 import torch
-from tiny_models import build, choose, filled, layer_wide, loss_of, same_bits, state_of, tokens
+from tiny_models import (
+    D,
+    F,
+    build,
+    choose,
+    filled,
+    layer_wide,
+    loss_of,
+    quantised,
+    same_bits,
+    state_of,
+    tokens,
+)
 from torch import nn
 
 from nest.errors import InputError, LayoutError, SelectionError
@@ -90,7 +102,8 @@ def test_the_model_is_bit_identical_afterwards(
     keys = set(model.__dict__)
     with suppress(_StopError), trainable(model, choose(model, family), update=form) as update:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert trained == ["nest_update"]
+        assert trained == ["nest_update.packed"]
+        assert model.dtype == dtype  # the first parameter is still the model's own
         optimizer = NeuronAdamW(update, lr=0.1)
         for _ in range(2):
             loss_of(model, tokens()).backward()
@@ -102,7 +115,7 @@ def test_the_model_is_bit_identical_afterwards(
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
     assert all(not module._forward_hooks for module in model.modules())
-    assert set(model.__dict__) == keys and "nest_update" not in model._parameters
+    assert set(model.__dict__) == keys and not hasattr(model, "nest_update")
     assert all(module.training for module in model.modules())
 
 
@@ -183,27 +196,6 @@ def test_its_patch_folds_to_the_very_bits_that_were_trained(form: UpdateForm) ->
     assert same_bits(before, state_of(model))
 
 
-class _Packed(nn.Module):
-    """A quantised layer, as bitsandbytes has them: bytes in, floats out."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.values = linear.weight.detach().clone()
-        bytes_ = self.values.flatten().view(torch.uint8)[:, None]
-        self.weight = nn.Parameter(bytes_.clone(), requires_grad=False)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs @ self.values.T
-
-
-def quantised(model: nn.Module) -> nn.Module:
-    for layer in model.model.layers:
-        for name in ("gate_proj", "up_proj"):
-            setattr(layer.mlp, name, _Packed(getattr(layer.mlp, name)))
-    return model
-
-
 def test_quantised_weights_train_as_a_branch_and_the_patch_is_the_plain_models() -> None:
     plain, packed = build(), quantised(build())
     selection = choose(plain)
@@ -223,7 +215,7 @@ def test_quantised_weights_train_as_a_branch_and_the_patch_is_the_plain_models()
                 optimizer.zero_grad()
             if mode == "branch":
                 assert same_bits(before, state_of(model))
-                with pytest.raises(SelectionError, match=r"update\.patch\(base=model\)"):
+                with pytest.raises(SelectionError, match=r"update\.patch\(base="):
                     update.patch()
                 with pytest.raises(InputError, match="learning rate"):
                     update.row_scale()
@@ -325,3 +317,110 @@ def test_an_update_in_fp64_gives_no_patch() -> None:
         trainable(model, choose(model), mode="dead"),
     ):
         pass
+
+
+def test_after_the_block_nothing_is_written() -> None:
+    model = build()
+    before = state_of(model)
+    with trainable(model, choose(model)) as update:
+        optimizer = NeuronAdamW(update, lr=0.1)
+        loss_of(model, tokens()).backward()
+        optimizer.step()
+        live = state_of(model)
+    late = update.patch()
+    assert same_bits(before, state_of(model))
+    with pytest.raises(InputError, match=r"block of nest\.trainable has ended"):
+        optimizer.step()
+    update.load_snapshot(update.snapshot())
+    with update.removed():
+        pass
+    assert same_bits(before, state_of(model))
+    late.fold_into(model)
+    assert same_bits(live, state_of(model))
+
+
+def test_removed_blocks_may_stand_inside_one_another() -> None:
+    model = build()
+    before = state_of(model)
+    with trainable(model, choose(model)) as update:
+        filled(update)
+        live = state_of(model)
+        with update.removed():
+            update.patch()
+            update.load_snapshot(update.snapshot())
+            assert same_bits(before, state_of(model))
+        assert same_bits(live, state_of(model))
+
+
+@pytest.mark.parametrize("mode", ["live", "branch"])
+def test_a_copy_of_the_model_does_not_follow_the_training(mode: str) -> None:
+    model = build()
+    with trainable(model, choose(model), mode=mode) as update:
+        twin = copy.deepcopy(model)
+        if mode == "branch":
+            with pytest.raises(InputError, match="copies of the model outside"):
+                twin(tokens())
+            return
+        filled(update)
+        assert not loss_of(twin, tokens()).requires_grad
+
+
+def test_weights_tied_to_other_modules_are_refused_in_live_mode() -> None:
+    model = build()
+    selection = choose(model)
+    model.extra = nn.Linear(D, F, bias=False)
+    model.extra.weight = model.model.layers[0].mlp.up_proj.weight
+    with (
+        pytest.raises(SelectionError, match=r"is tied to extra\.weight"),
+        trainable(model, selection),
+    ):
+        pass
+    with trainable(model, selection, mode="branch"):
+        pass
+
+
+def test_a_replaced_module_stops_the_step() -> None:
+    model = build()
+    with trainable(model, choose(model)) as update:
+        optimizer = NeuronAdamW(update)
+        loss_of(model, tokens()).backward()
+        mlp = model.model.layers[0].mlp
+        held, mlp.gate_proj = mlp.gate_proj, nn.Linear(D, F, bias=False)
+        with pytest.raises(SelectionError, match=r"gate_proj was replaced"):
+            optimizer.step()
+        mlp.gate_proj = held
+        update.packed.data = update.packed.data.clone()
+        with pytest.raises(SelectionError, match="moved to other memory"):
+            optimizer.step()
+
+
+def test_a_block_that_cannot_restore_still_frees_the_model() -> None:
+    model = build()
+    selection = choose(model)
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    with pytest.raises((AttributeError, TypeError)), trainable(model, selection):
+        model.model.layers[0].mlp.gate_proj.weight = None
+    assert not hasattr(model, "nest_update") and all(p.requires_grad for p in model.parameters())
+    model.model.layers[0].mlp.gate_proj.weight = weight
+    with trainable(model, selection):
+        pass
+
+
+@pytest.mark.parametrize(("value", "said"), [("foo", "choose auto"), ("triton", "CUDA GPU")])
+def test_kernels_that_cannot_run_are_refused(
+    value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    monkeypatch.setenv("NEST_KERNELS", value)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match=said), trainable(model, choose(model)):
+        pass
+
+
+def test_calls_we_cannot_hook_say_so() -> None:
+    model = build()
+    with (
+        trainable(model, choose(model)),
+        pytest.raises(LayoutError, match="without positional arguments"),
+    ):
+        model.model.layers[0].mlp.gate_proj(input=torch.zeros(1, D))
