@@ -305,6 +305,7 @@ def evaluate(
 
     Raises:
         InputError: prompts or settings that cannot be used.
+        PatchError: the model does not carry the patch.
     """
     from nest.evaluation.config import EvaluationConfig
     from nest.evaluation.evaluate import evaluate as run
@@ -313,6 +314,8 @@ def evaluate(
     from nest.prompts.attacks import resolve_attacks
 
     config = _config(EvaluationConfig, settings)
+    if patch is not None:
+        patch.require_in(model)
     chosen = resolve_attacks(attacks)
     items: list[str | Attack] = list(attacks.split(",") if isinstance(attacks, str) else attacks)
     asked = {item.strip() if isinstance(item, str) else item.name for item in items}

@@ -88,6 +88,7 @@ def command(
     started = time.monotonic()
     check_output(out, kind="selection", overwrite=overwrite)
     size = parse_batch_size(batch_size)
+    wanted_layers = parse_layers(layers)
     with session(json, quiet) as run:
         network, tokenizer = api.load(
             model,
@@ -112,7 +113,7 @@ def command(
             pool=pool,
             scorer=scorer,
             cluster_scope=cluster_scope,
-            layers=parse_layers(layers),
+            layers=wanted_layers,
             max_clusters=max_clusters,
             seed=seed,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -135,6 +135,28 @@ def command(
     check_output(out, kind="patch", overwrite=overwrite)
     size = parse_batch_size(batch_size)
     n_dialogues = D.batch_size if size == "auto" else size
+    settings: dict[str, Any] = {
+        "update": update,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": n_dialogues,
+        "micro_batch_size": micro_batch_size,
+        "mode": mode,
+        "layers": parse_layers(layers),
+        "checkpointing": checkpointing,
+        "cache_prefix": cache_prefix,
+        "learning_rate": _parse_learning_rate(learning_rate),
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "benign_weight": benign_weight,
+        "kl_weight": kl_weight,
+        "validation": validation,
+        "validate_every": validate_every,
+        "seed": seed,
+    }
+    TuningConfig(**settings)  # what is wrong with them is said before a model is loaded
+    anew = _parse_n_clusters(n_clusters)
     selection = NeuronSelection.load(clusters)
     with session(json, quiet) as run:
         network, tokenizer = api.load(
@@ -152,38 +174,21 @@ def command(
                 selection,
                 harmful=harmful,
                 benign=benign,
-                n_clusters=_parse_n_clusters(n_clusters),
+                n_clusters=anew,
                 system=system,
                 progress=run.progress,
                 notice=run.note,
                 warn=run.warn,
-                update=update,
-                epochs=epochs,
-                max_steps=max_steps,
-                batch_size=n_dialogues,
-                micro_batch_size=micro_batch_size,
-                mode=mode,
-                layers=parse_layers(layers),
-                checkpointing=checkpointing,
-                cache_prefix=cache_prefix,
-                learning_rate=_parse_learning_rate(learning_rate),
-                warmup=warmup,
-                weight_decay=weight_decay,
-                clip=clip,
-                benign_weight=benign_weight,
-                kl_weight=kl_weight,
-                validation=validation,
-                validate_every=validate_every,
-                seed=seed,
+                **settings,
             )
         except TuningStoppedError as fault:
             kept = _free_name(out.with_name(f"{out.name}-step-{fault.result.best_step}"))
             fault.result.patch.save(kept)
             raise ActivationError(f"{fault}: its patch is in {kept}") from None
         if result.best_step == 0:
-            run.warn(
-                "no step lowered the validation loss: the patch changes nothing; try a lower "
-                "--learning-rate, or more dialogues"
+            raise InputError(
+                "no step lowered the validation loss, so that a patch would change nothing, and none was "
+                "written; try a lower --learning-rate, or more dialogues"
             )
         result.patch.save(out, overwrite=overwrite)
     last = result.history[-1]

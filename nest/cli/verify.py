@@ -47,8 +47,10 @@ def command(
     run.result(values, table)
     if not found.ok:
         typer.echo(
-            "error: this is not what the patch recorded: the checkpoint was folded with another patch, or "
-            "one of both is damaged; fold it again",
+            "error: the patch has no effect: the logits are the same with it and without it"
+            if not found.has_effect
+            else "error: this is not what the patch recorded: the checkpoint was folded with another "
+            "patch, or one of both is damaged; fold it again",
             err=True,
         )
         raise typer.Exit(1)

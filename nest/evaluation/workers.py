@@ -1,7 +1,7 @@
 """Independent batches on several cores: one batch a thread, one core a batch.
 
-The matrices of a decoding step are too thin to be shared: the demo's evaluation of 4,824 requests took 9.2 s
-with two cores at work on every operation, and 7.7 s with a core for each batch (medians of three).
+The matrices of a decoding step are too thin to be shared: the demo's evaluation of 4,824 requests took
+9.2 s with two cores at work on every operation, and 7.7 s with a core for each batch (medians of three).
 """
 
 from __future__ import annotations

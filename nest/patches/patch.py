@@ -192,6 +192,16 @@ class NeuronPatch:
         with self._changed_rows(model, fold=False, back=False):
             pass
 
+    def require_in(self, model: nn.Module) -> None:
+        """Refuse a model that does not carry the patch in its rows.
+
+        Raises:
+            PatchError: it does not.
+        """
+        live = LiveRows(model, self.selection)
+        if live.checksum(live.read()) != self.row_checksums[1]:
+            self._explain(model, self.folded)
+
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model carries the patch inside the block, and is bit-identical after it."""

@@ -12,6 +12,7 @@ Pool = Literal["max", "mean", "last"]
 Scorer = Literal["probe", "contrast"]
 Side = Literal["positive", "both"]
 ClusterScope = Literal["projection", "layer"]
+_NONE = type(None)
 UpdateForm = Literal["shared", "loaded"]
 
 
@@ -103,6 +104,14 @@ def range_text(layers: tuple[int, int | None]) -> str:
 
 def layer_faults(layers: tuple[int, int | None] | None) -> list[str]:
     """What is wrong with a range of layers; nothing, or one sentence."""
-    if layers is None or (layers[0] >= 0 and (layers[1] is None or layers[0] < layers[1])):
+    if layers is None:
+        return []
+    whole = isinstance(layers, tuple) and [type(end) for end in layers] in (
+        [int, int],
+        [int, _NONE],
+    )
+    if not whole:
+        return [f"layers is {layers!r}; it must be (first, end), end being a number or None"]
+    if layers[0] >= 0 and (layers[1] is None or layers[0] < layers[1]):
         return []
     return [f"layers is {range_text(layers)}; the first must be below the end, both from 0"]

@@ -104,6 +104,7 @@ class NeuronAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             n_decayed=self.update.n_vector_parameters,
         )
+        self.update.rows_written()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -102,6 +102,7 @@ class ClusterUpdate:
         ]
         self._parents = [_parent_of(model, site.part.site.module) for site in self.sites]
         self._memory = self.packed.data_ptr()
+        self._written = self.packed._version
         self._n_removed = 0
         self._ended = False
 
@@ -252,6 +253,11 @@ class ClusterUpdate:
         """
         if not self._n_removed and not self._ended:
             write_updated_rows(self._rows, self.packed.detach())
+            self.rows_written()
+
+    def rows_written(self) -> None:
+        """Take note that the rows are those of the parameters as they are now."""
+        self._written = self.packed._version
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -325,6 +331,13 @@ class ClusterUpdate:
         handles = [
             site.module.register_forward_hook(self._hook(site, function)) for site in self.sites
         ]
+        if self.mode == "live":
+            # a function and no method: a deep copy of the model would copy the method's update
+            def catch_up(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+                if self.packed._version != self._written:  # by another optimizer than NeuronAdamW
+                    self.write()
+
+            handles += [site.module.register_forward_pre_hook(catch_up) for site in self.sites]
         if any(type(parameter).__name__ == "DTensor" for parameter in self.model.parameters()):
             handles.append(self.packed.register_hook(_mean_over_ranks))
         return handles
@@ -493,7 +506,13 @@ def _check_same_model(model: nn.Module, selection: NeuronSelection, mode: Update
         for part in selection.sites
         if _is_plain(getattr(site_module(model, part.site), part.site.tensor, None))
     ]
-    found = fingerprint(model, readable).tensors if readable else {}
+    base = fingerprint(model, readable) if readable else selection.base
+    if mode == "live" and base.dtype != selection.base.dtype:
+        raise SelectionError(
+            f"the selection was made on this model in {selection.base.dtype}, and its weights are "
+            f"{base.dtype}; select and tune with the same --dtype"
+        )
+    found = base.tensors if readable else {}
     same_bits = all(found[name] == selection.base.tensors.get(name) for name in found)
     # Of a custom model the shapes of all parameters are the architecture, and quantising changes them.
     comparable = mode == "live" or hasattr(model, "config")

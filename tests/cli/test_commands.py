@@ -208,8 +208,9 @@ def test_pairs_scope_scorer_and_clusters_anew(world: World, nest: Nest, tmp_path
     found = nest("select", *arguments, *options, "--out", selection, "--json").json
     assert found["probe_accuracy"] == {"mean": None, "min": None}
     assert found["clusters"] <= 4
-    tune = ("tune", "--model", world.model, "--clusters", selection, "--max-steps", 1)
+    tune = ("tune", "--model", world.model, "--clusters", selection, "--epochs", 9)
     tune = (*tune, "--harmful", world.data["harmful"], "--benign", world.data["benign"])
+    tune = (*tune, "--max-steps", 6, "--learning-rate", 0.02, "--validate-every", 2)
     shared = nest(*tune, "--update", "shared", "--out", tmp_path / "a", "--json").json
     assert shared["trainable_parameters"] == found["trainable_parameters"]
     anew = nest(*tune, "--n-clusters", "1", "--update", "shared", "--out", tmp_path / "b", "--json")

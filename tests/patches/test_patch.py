@@ -207,3 +207,12 @@ def test_damaged_vectors_are_never_put_in(
     with pytest.raises(PatchError, match="damaged"), bad.applied(model):
         pass
     assert _same(before, state(model))
+
+
+def test_a_model_without_the_patch_is_told_from_one_with_it(
+    model: nn.Module, patch: NeuronPatch
+) -> None:
+    with pytest.raises(PatchError, match="does not carry this patch"):
+        patch.require_in(model)
+    patch.fold_into(model)
+    patch.require_in(model)

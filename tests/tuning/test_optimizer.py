@@ -339,3 +339,25 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
         pytest.raises(InputError, match="none may be negative"),
     ):
         NeuronAdamW(update, **wrong)
+
+
+@pytest.mark.parametrize("mode", ["live", "branch"])
+def test_any_optimizer_trains_and_the_rows_follow(mode: UpdateMode) -> None:
+    model = build()
+    with trainable(model, choose(model), mode=mode) as update:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        losses = []
+        for _ in range(6):
+            loss = loss_of(model, tokens(0))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        with torch.no_grad():
+            end = float(loss_of(model, tokens(0)))
+        patch = update.patch()
+    assert losses[-1] < 0.95 * losses[0] and end < losses[-1]
+    patch.fold_into(model)
+    # live: the very bits; branch: fp32 sums in another order
+    folded = float(loss_of(model, tokens(0)).detach())
+    assert folded == (end if mode == "live" else pytest.approx(end, rel=1e-5))
