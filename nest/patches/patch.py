@@ -245,11 +245,8 @@ class NeuronPatch:
         if self.loadings is not None:
             loadings = torch.cat([self.loadings[part.site.name] for part in parts])
             loadings = loadings.to(rows.device)
-        new = updated_rows(rows, vectors, clusters.to(rows.device), loadings)
-        if not bool(torch.isfinite(new).all()):
-            finite = [bool(torch.isfinite(own).all()) for own in batch.split(new)]
-            raise _not_finite(parts[finite.index(False)].site.name, new.dtype)
-        return new
+        # Finite, since `create` refuses others, and the checksum knows these.
+        return updated_rows(rows, vectors, clusters.to(rows.device), loadings)
 
     def _original_batch(self, batch: LiveBatch, rows: Tensor) -> Tensor:
         originals = [
@@ -406,15 +403,11 @@ def _updated(
     own = None if loadings is None else loadings[part.site.name]
     new = updated_rows(rows, vectors[part.group], part.clusters, own)
     if not bool(torch.isfinite(new).all()):
-        raise _not_finite(part.site.name, rows.dtype)
+        raise PatchError(
+            f"the update at {part.site.name} gives rows that are not finite in {rows.dtype}; train "
+            "it with a smaller learning rate, or in bfloat16 or float32"
+        )
     return new
-
-
-def _not_finite(site: str, dtype: torch.dtype) -> PatchError:
-    return PatchError(
-        f"the update at {site} gives rows that are not finite in {dtype}; train it with a smaller "
-        "learning rate, or in bfloat16 or float32"
-    )
 
 
 def _check_update(
