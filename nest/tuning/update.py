@@ -384,7 +384,8 @@ class ClusterUpdate:
         if isinstance(self.model, nn.Sequential):  # would run the child
             self.model.register_parameter(PARAMETER, self.packed)
         else:
-            self.model.add_module(PARAMETER, nn.ParameterDict({"packed": self.packed}))
+            held = nn.ParameterDict({"packed": self.packed})
+            self.model.add_module(PARAMETER, held.train(self.model.training))
 
     def _unregister(self) -> bool:
         held = (self.model._modules, self.model._parameters)
