@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nest.errors import InputError, LayoutError, SelectionError
-from nest.models.fingerprint import config_hash, fingerprint
 from nest.models.sites import neuron_view, read_rows, site_module, site_weight, write_rows
 from nest.patches.patch import NeuronPatch
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest.tuning.attach import AddBranch, Part, SplitUpdate, ThroughRows
 from nest.tuning.config import UpdateMode
-from nest_kernels.backend import VARIABLE, use_triton
+from nest.tuning.preconditions import (
+    check_backend,
+    check_same_model,
+    check_settings,
+    check_writable,
+    is_plain,
+)
 from nest_kernels.cluster_grad import Members
 from nest_kernels.neuron_adamw import SiteRows, SiteTable, write_updated_rows
 
@@ -31,7 +35,6 @@ PARAMETER = "nest_update"
 # Loadings start at one plus this much noise: all equal, they would be the shared form.
 LOADING_NOISE = 0.01
 _MARK = "_nest_update"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +95,7 @@ class ClusterUpdate:
             values[self.n_vector_parameters :] = 1.0 + LOADING_NOISE * noise
         home = _device_of(site_module(model, selection.sites[0].site), model)
         self.packed = nn.Parameter(values.to(home))
-        _check_backend(self.packed)
+        check_backend(self.packed)
         self._vector_parts, self._loading_parts = self._partition()
         self.sites = tuple(self._site_updates())
         self._rows = SiteTable(site.rows for site in self.sites if site.rows is not None)
@@ -169,7 +172,7 @@ class ClusterUpdate:
         """
         if not self._rows:
             parts = [(site.part, site.module) for site in self.sites]
-            if not all(_is_plain(getattr(module, p.site.tensor, None)) for p, module in parts):
+            if not all(is_plain(getattr(module, p.site.tensor, None)) for p, module in parts):
                 raise InputError(
                     "the weights are quantised or elsewhere, so that no learning rate can be derived "
                     "from them; give one (--learning-rate)"
@@ -208,7 +211,7 @@ class ClusterUpdate:
             SelectionError: a weight that is quantised or elsewhere.
         """
         for site in self.sites:
-            if not _is_plain(getattr(site.module, site.part.site.tensor, None)):
+            if not is_plain(getattr(site.module, site.part.site.tensor, None)):
                 raise SelectionError(
                     f"{site.part.site.parameter} is quantised or elsewhere: a patch changes plain "
                     "weights. Train in nest.trainable(mode='branch') and take "
@@ -390,7 +393,7 @@ class ClusterUpdate:
     def _unregister(self) -> bool:
         held = (self.model._modules, self.model._parameters)
         found = [place.pop(PARAMETER, None) for place in held]
-        return found != [None, None]
+        return any(entry is not None for entry in found)
 
     @contextmanager
     def _unregistered(self) -> Iterator[None]:
@@ -436,13 +439,13 @@ def trainable(
         SelectionError: the selection belongs to another model, or weights cannot be written.
         InputError: the model carries a trainable update already, or an unknown setting.
     """
-    _check_settings(update, mode, dtype)
+    check_settings(update, mode, dtype)
     modules = {site_module(model, part.site): None for part in selection.sites}
     if any(hasattr(module, _MARK) for module in model.modules()):
         raise InputError("this model has a trainable update already; leave that block first")
     if mode == "live":
-        _check_writable(model, selection)
-    _check_same_model(model, selection, mode)
+        check_writable(model, selection)
+    check_same_model(model, selection, mode)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handles: list[torch.utils.hooks.RemovableHandle] = []
     live = ClusterUpdate(model, selection, update, mode, seed, dtype)
@@ -464,78 +467,6 @@ def trainable(
         live.end()
 
 
-def _check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
-    if update not in ("shared", "loaded"):
-        raise InputError(f"update is {update!r}; choose shared or loaded")
-    if mode not in get_args(UpdateMode):
-        raise InputError(f"mode is {mode!r}; choose live or branch")
-    if dtype not in (torch.float32, torch.float64):
-        raise InputError(f"dtype is {dtype}; an update is trained in torch.float32 or float64")
-
-
-def _check_writable(model: nn.Module, selection: NeuronSelection) -> None:
-    """The rows can be written, and nothing but the sites' own modules computes with them."""
-    owners: dict[int, str] = {}
-    modules = {site_module(model, part.site) for part in selection.sites}
-    for path, module in model.named_modules():
-        for name, parameter in (
-            module.named_parameters(recurse=False) if module not in modules else ()
-        ):
-            owners[id(parameter)] = f"{path}.{name}"
-    for part in selection.sites:
-        weight = getattr(site_module(model, part.site), part.site.tensor, None)
-        if id(weight) in owners:
-            raise SelectionError(
-                f"{part.site.parameter} is tied to {owners[id(weight)]}: writing its rows would change "
-                "that module, too. Untie them, or train with mode='branch' (nest tune --mode branch)"
-            )
-        if isinstance(weight, Tensor) and not _is_plain(weight):
-            what = "on the meta device" if weight.device.type == "meta" else f"{weight.dtype}"
-            if type(weight) not in (Tensor, nn.Parameter):
-                what += f", a {type(weight).__name__}"
-            raise SelectionError(
-                f"{part.site.parameter} is {what}: its rows cannot be written. Load the model "
-                "unquantised and with its weights in memory, or train with mode='branch' "
-                "(nest tune --mode branch)"
-            )
-
-
-def _check_same_model(model: nn.Module, selection: NeuronSelection, mode: UpdateMode) -> None:
-    """Same architecture, and the same bits in every weight that can be read."""
-    readable = [
-        part.site
-        for part in selection.sites
-        if _is_plain(getattr(site_module(model, part.site), part.site.tensor, None))
-    ]
-    base = fingerprint(model, readable) if readable else selection.base
-    if mode == "live" and base.dtype != selection.base.dtype:
-        raise SelectionError(
-            f"the selection was made on this model in {selection.base.dtype}, and its weights are "
-            f"{base.dtype}; select and tune with the same --dtype"
-        )
-    found = base.tensors if readable else {}
-    same_bits = all(found[name] == selection.base.tensors.get(name) for name in found)
-    # Of a custom model the shapes of all parameters are the architecture, and quantising changes them.
-    comparable = mode == "live" or hasattr(model, "config")
-    same_shape = not comparable or config_hash(model) == selection.base.config_hash
-    if not same_bits or not same_shape:
-        raise SelectionError(
-            "the selection was made on another model, or on this one before its weights changed; run "
-            "`nest select` on this model"
-        )
-
-
-def _is_plain(weight: object) -> bool:
-    """Whether a weight's rows can be read and written: in memory, whole and in a float format."""
-    return (
-        isinstance(weight, Tensor)
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type != "meta"
-        and weight.dtype in _FLOATS
-        and weight.ndim == 2
-    )
-
-
 def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
     """Where a module computes: its own weights' device, or that of the model's where it has none."""
     for parameter in (*module.parameters(recurse=False), *model.parameters()):
@@ -555,14 +486,3 @@ def _mean_over_ranks(grad: Tensor) -> Tensor:
     total = grad.clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
-
-
-def _check_backend(packed: Tensor) -> None:
-    try:
-        triton = use_triton(packed)
-    except ValueError as fault:
-        raise InputError(f"{VARIABLE}: {fault}") from None
-    if triton and not packed.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise InputError(
-            f"{VARIABLE}=triton needs the model on a CUDA GPU; leave {VARIABLE} out, or set it to reference"
-        )

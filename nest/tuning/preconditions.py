@@ -1,0 +1,119 @@
+"""What must hold of a model before an update can be trained on it."""
+
+from __future__ import annotations
+
+import os
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from nest.errors import InputError, SelectionError
+from nest.models.fingerprint import config_hash, fingerprint
+from nest.models.sites import site_module
+from nest.selection.selection import NeuronSelection
+from nest.tuning.config import UpdateMode
+from nest_kernels.backend import VARIABLE, use_triton
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
+    """Known words, and a dtype that an update can have.
+
+    Raises:
+        InputError: otherwise.
+    """
+    if update not in ("shared", "loaded"):
+        raise InputError(f"update is {update!r}; choose shared or loaded")
+    if mode not in get_args(UpdateMode):
+        raise InputError(f"mode is {mode!r}; choose live or branch")
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(f"dtype is {dtype}; an update is trained in torch.float32 or float64")
+
+
+def check_writable(model: nn.Module, selection: NeuronSelection) -> None:
+    """The rows can be written, and nothing but the sites' own modules computes with them.
+
+    Raises:
+        SelectionError: a weight that is tied to another module, quantised or elsewhere.
+    """
+    owners: dict[int, str] = {}
+    modules = {site_module(model, part.site) for part in selection.sites}
+    for path, module in model.named_modules():
+        for name, parameter in (
+            module.named_parameters(recurse=False) if module not in modules else ()
+        ):
+            owners[id(parameter)] = f"{path}.{name}"
+    for part in selection.sites:
+        weight = getattr(site_module(model, part.site), part.site.tensor, None)
+        if id(weight) in owners:
+            raise SelectionError(
+                f"{part.site.parameter} is tied to {owners[id(weight)]}: writing its rows would change "
+                "that module, too. Untie them, or train with mode='branch' (nest tune --mode branch)"
+            )
+        if isinstance(weight, Tensor) and not is_plain(weight):
+            what = "on the meta device" if weight.device.type == "meta" else f"{weight.dtype}"
+            if type(weight) not in (Tensor, nn.Parameter):
+                what += f", a {type(weight).__name__}"
+            raise SelectionError(
+                f"{part.site.parameter} is {what}: its rows cannot be written. Load the model "
+                "unquantised and with its weights in memory, or train with mode='branch' "
+                "(nest tune --mode branch)"
+            )
+
+
+def check_same_model(model: nn.Module, selection: NeuronSelection, mode: UpdateMode) -> None:
+    """Same architecture, and the same bits in every weight that can be read.
+
+    Raises:
+        SelectionError: it is another model, or its weights have another dtype.
+    """
+    readable = [
+        part.site
+        for part in selection.sites
+        if is_plain(getattr(site_module(model, part.site), part.site.tensor, None))
+    ]
+    base = fingerprint(model, readable) if readable else selection.base
+    if mode == "live" and base.dtype != selection.base.dtype:
+        raise SelectionError(
+            f"the selection was made on this model in {selection.base.dtype}, and its weights are "
+            f"{base.dtype}; select and tune with the same --dtype"
+        )
+    found = base.tensors if readable else {}
+    same_bits = all(found[name] == selection.base.tensors.get(name) for name in found)
+    # Of a custom model the shapes of all parameters are the architecture, and quantising changes them.
+    comparable = mode == "live" or hasattr(model, "config")
+    same_shape = not comparable or config_hash(model) == selection.base.config_hash
+    if not same_bits or not same_shape:
+        raise SelectionError(
+            "the selection was made on another model, or on this one before its weights changed; run "
+            "`nest select` on this model"
+        )
+
+
+def is_plain(weight: object) -> bool:
+    """Whether a weight's rows can be read and written: in memory, whole and in a float format."""
+    return (
+        isinstance(weight, Tensor)
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.device.type != "meta"
+        and weight.dtype in _FLOATS
+        and weight.ndim == 2
+    )
+
+
+def check_backend(packed: Tensor) -> None:
+    """The kernels that the environment asks for can run where the update is.
+
+    Raises:
+        InputError: they cannot, or have no such name.
+    """
+    try:
+        triton = use_triton(packed)
+    except ValueError as fault:
+        raise InputError(f"{VARIABLE}: {fault}") from None
+    if triton and not packed.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"{VARIABLE}=triton needs the model on a CUDA GPU; leave {VARIABLE} out, or set it to reference"
+        )
