@@ -185,11 +185,6 @@ def command(
             kept = _free_name(out.with_name(f"{out.name}-step-{fault.result.best_step}"))
             fault.result.patch.save(kept)
             raise ActivationError(f"{fault}: its patch is in {kept}") from None
-        if result.best_step == 0:
-            raise InputError(
-                "no step lowered the validation loss, so that a patch would change nothing, and none was "
-                "written; try a lower --learning-rate, or more dialogues"
-            )
         result.patch.save(out, overwrite=overwrite)
     last = result.history[-1]
     n_model = result.patch.provenance["parameters"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nest.models.sites import NeuronSite
+from nest.models.wrappers import submodule
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ def enclosing_blocks(model: nn.Module, path: str) -> list[tuple[str, int]]:
     parts = path.split(".")
     for i, part in enumerate(parts):
         parent = ".".join(parts[:i])
-        if part.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
+        if part.isdigit() and isinstance(submodule(model, parent), nn.ModuleList):
             found.append((parent, int(part)))
     return found
 
@@ -49,7 +50,7 @@ def blocks_of(model: nn.Module, sites: Sequence[NeuronSite]) -> Blocks | None:
         return None
     (path,) = stacks
     indices = [place[0][1] for place in places]
-    return Blocks(path, tuple(model.get_submodule(path).children()), min(indices))
+    return Blocks(path, tuple(submodule(model, path).children()), min(indices))
 
 
 @contextmanager

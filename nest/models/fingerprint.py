@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nest.models.sites import NeuronSite, site_weight
+from nest.models.wrappers import named_parameters, unwrapped
 
 CONFIG_KEYS = (
     "model_type",
@@ -106,12 +107,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def config_hash(model: nn.Module) -> str:
     """sha256 of a model's architecture; its weights and its name play no part."""
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         text = config.get_text_config()
         described: Any = {key: getattr(text, key, None) for key in CONFIG_KEYS}
     else:
-        described = [[name, list(value.shape)] for name, value in model.named_parameters()]
+        described = [[name, list(value.shape)] for name, value in named_parameters(model)]
     return _json_hash(described)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nest.errors import LayoutError
 from nest.models.blocks import enclosing_blocks
 from nest.models.sites import NeuronSite, site_module, site_weight
+from nest.models.wrappers import named_modules, named_parameters
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 """Children of an MLP whose first two projections hold neurons, row i of both being neuron i."""
@@ -68,7 +69,7 @@ def _check_layout_argument(layout: Sequence[NeuronSite]) -> tuple[NeuronSite, ..
 def _search(model: nn.Module) -> tuple[NeuronSite, ...]:
     sites: list[NeuronSite] = []
     stacks: dict[str, str] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         projections = _neuron_projections(path, module)
         if not projections:
             continue
@@ -151,7 +152,7 @@ def _block_of(model: nn.Module, path: str) -> tuple[str, int | None]:
 
 
 def _refuse_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if parameter.ndim == 3 and "expert" in name:
             raise LayoutError(
                 f"{name} has shape {tuple(parameter.shape)}: a mixture of experts, whose neurons "
@@ -161,7 +162,7 @@ def _refuse_experts(model: nn.Module) -> None:
 
 def _way_out(model: nn.Module) -> str:
     """An example of a layout for a two-dimensional weight that this very model has."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split(".")):
             site = NeuronSite(0, path.rpartition(".")[2], path, module.out_features)
             return f"two-dimensional weights can be used by hand: layout=[nest.{site!r}, ...]"
@@ -170,7 +171,7 @@ def _way_out(model: nn.Module) -> str:
 
 def _nothing_found(model: nn.Module) -> str:
     """What the model has in place of a known MLP, and the layout that describes it."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         name, weight = path.rpartition(".")[2], getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or ".0." not in f".{path}.":
             continue
@@ -210,7 +211,7 @@ def _check_weights(model: nn.Module, sites: Sequence[NeuronSite]) -> None:
         raise LayoutError(
             f"the site {twice[0]} is listed twice in the layout; list every site once"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     taken: dict[int, list[NeuronSite]] = {}
     for site in sites:
         weight = site_weight(model, site)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nest.errors import LayoutError
+from nest.models.wrappers import submodule
 
 _COUNTS = ("layer", "length", "axis", "offset")
 
@@ -70,7 +71,7 @@ def site_module(model: nn.Module, site: NeuronSite) -> nn.Module:
         LayoutError: the model has no module of that path.
     """
     try:
-        return model.get_submodule(site.module)
+        return submodule(model, site.module)
     except AttributeError:
         raise LayoutError(
             f"the model has no module {site.module!r}; describe its projections with "

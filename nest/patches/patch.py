@@ -146,6 +146,11 @@ class NeuronPatch:
         return _by_parameter(self.selection.sites)
 
     @property
+    def has_effect(self) -> bool:
+        """Whether any bit of any row changes."""
+        return self.row_checksums[0] != self.row_checksums[1]
+
+    @property
     def n_rows(self) -> int:
         """How many rows (neurons) the patch changes."""
         return self.selection.n_neurons

@@ -17,6 +17,7 @@ from nest.models.fingerprint import tensor_hash
 from nest.models.loading import check_checkpoint, checkpoint_folder, load_weights
 from nest.models.modes import eval_mode
 from nest.models.sites import site_weight
+from nest.models.wrappers import named_buffers, named_parameters
 from nest.patches.checkpoint import changed_keys, match_keys, same_bits, shard_tensors
 from nest.patches.patch import NeuronPatch
 
@@ -183,7 +184,7 @@ def _touched(model: nn.Module, patch: NeuronPatch) -> dict[str, Tensor]:
 
 def _hashes(model: nn.Module, patch: NeuronPatch) -> dict[str, str]:
     """Hashes of all parameters and buffers that the patch does not touch, tied ones too."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    tensors = [*named_parameters(model, remove_duplicate=False), *named_buffers(model)]
     return {name: tensor_hash(t) for name, t in tensors if name not in patch.parameters}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nest.errors import InputError
+from nest.errors import ActivationError, InputError
 from nest.tuning.update import ClusterUpdate
 from nest_kernels.neuron_adamw import neuron_adamw
 
@@ -80,6 +80,8 @@ class NeuronAdamW(torch.optim.Optimizer):
 
         Raises:
             SelectionError: the model's weights were replaced or moved since the update was prepared.
+            ActivationError: the gradient, or what the step would make of the update, is not finite; the
+                update is then as it was before (on the CPU; on a GPU `ClusterUpdate.patch` tells).
         """
         loss = None
         if closure is not None:
@@ -89,6 +91,11 @@ class NeuronAdamW(torch.optim.Optimizer):
         if packed.grad is None:
             return loss
         self.update.check_weights()
+        if packed.is_cpu and not bool(packed.grad.isfinite().all()):
+            raise ActivationError(
+                "the update's gradient is not finite, and no step was taken: update.patch() gives the "
+                "update as it is. Lower the learning rate, clip the gradient, or train in float32"
+            )
         group = self.param_groups[0]
         state = self._prepared_state()
         neuron_adamw(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nest.errors import InputError, SelectionError
 from nest.models.fingerprint import config_hash, fingerprint
 from nest.models.sites import site_module
+from nest.models.wrappers import wrapped_in
 from nest.selection.selection import NeuronSelection
 from nest.tuning.config import UpdateMode
 from nest_kernels.backend import VARIABLE, use_triton
@@ -30,6 +31,20 @@ def check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
         raise InputError(f"mode is {mode!r}; choose live or branch")
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"dtype is {dtype}; an update is trained in torch.float32 or float64")
+
+
+def check_not_distributed(model: nn.Module) -> None:
+    """The model is not in DDP already, which reduces the gradients of parameters it knows from the start.
+
+    Raises:
+        InputError: it is, among several processes.
+    """
+    wrapped = wrapped_in(model, nn.parallel.DistributedDataParallel)
+    if wrapped and torch.distributed.get_world_size() > 1:
+        raise InputError(
+            "the model is wrapped in DistributedDataParallel already, which would not reduce the update's "
+            "gradient; wrap it inside the block of nest.trainable"
+        )
 
 
 def check_writable(model: nn.Module, selection: NeuronSelection) -> None:

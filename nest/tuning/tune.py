@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nest.errors import ActivationError, TuningStoppedError
+from nest.errors import ActivationError, InputError, TuningStoppedError
 from nest.models.blocks import blocks_of, checkpointed
 from nest.models.chat import Encoder
 from nest.models.modes import eval_mode
@@ -38,7 +38,7 @@ class TuningResult:
     Attributes:
         patch: The update of the best step.
         history: The loss curve.
-        best_step: Step with the lowest validation loss; 0 means that no step beat the base.
+        best_step: Step with the lowest validation loss; at least 1.
         steps: Optimizer steps done.
         seconds: Wall time of the training loop.
         tokens_per_second: Tokens, padding left out, through training per second.
@@ -86,7 +86,8 @@ def tune_update(
         warn: Told what deserves attention; by default a Python warning.
 
     Raises:
-        InputError: dialogues that cannot be trained on, or no memory for a single one.
+        InputError: dialogues that cannot be trained on, no memory for a single one, or no step that
+            lowered the validation loss.
         SelectionError: the selection is of another model, or its weights cannot be written.
         ActivationError: the loss or the gradient is not a finite number; a `TuningStoppedError`, which
             carries the result so far, if some step was good before.
@@ -152,6 +153,13 @@ def tune_update(
             raise TuningStoppedError(
                 f"{fault}; step {loop.best_step} was good", result()
             ) from fault
+        if loop.best_step == 0:
+            raise InputError(
+                f"no step lowered the validation loss ({loop.best_loss:.4g} at the start, "
+                f"{loop.history[-1].validation_loss:.4g} at the end), so that a patch would change "
+                f"nothing, and none is made; try a learning rate under {rate:.3g} (--learning-rate), or more "
+                "dialogues"
+            )
         return result()
 
 

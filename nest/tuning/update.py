@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nest.errors import InputError, LayoutError, SelectionError
+from nest.errors import ActivationError, InputError, LayoutError, SelectionError
 from nest.models.sites import neuron_view, read_rows, site_module, site_weight, write_rows
+from nest.models.wrappers import submodule, unwrapped
 from nest.patches.patch import NeuronPatch
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
@@ -21,6 +22,7 @@ from nest.tuning.attach import AddBranch, Part, SplitUpdate, ThroughRows
 from nest.tuning.config import UpdateMode
 from nest.tuning.preconditions import (
     check_backend,
+    check_not_distributed,
     check_same_model,
     check_settings,
     check_writable,
@@ -105,7 +107,8 @@ class ClusterUpdate:
         ]
         self._parents = [_parent_of(model, site.part.site.module) for site in self.sites]
         self._memory = self.packed.data_ptr()
-        self._written = self.packed._version
+        # The values that the rows hold; the last finite ones, should the update break.
+        self._written = self.packed.detach().clone()
         self._n_removed = 0
         self._ended = False
 
@@ -253,14 +256,52 @@ class ClusterUpdate:
         """Put cast(W0 + s U[c]) into the model's rows.
 
         Nothing is written in branch mode, while the update is `removed`, and after its block.
+
+        Raises:
+            ActivationError: see `rows_written`.
         """
         if not self._n_removed and not self._ended:
             write_updated_rows(self._rows, self.packed.detach())
             self.rows_written()
 
+    @torch.no_grad()
     def rows_written(self) -> None:
-        """Take note that the rows are those of the parameters as they are now."""
-        self._written = self.packed._version
+        """Take note that the rows are those of the parameters as they are now.
+
+        Raises:
+            ActivationError: the parameters are not finite (seen on the CPU; on a GPU, which must not be
+                waited for, `patch` sees it). They, and the rows, are then as they were before.
+        """
+        packed = self.packed.detach()
+        if not packed.is_cpu:  # no value is asked for: the host would wait for the device
+            self._written.copy_(torch.where(packed.isfinite().all(), packed, self._written))
+        elif bool(packed.isfinite().all()):
+            self._written.copy_(packed)
+        else:
+            self._put_back()
+
+    def catch_up(self) -> None:
+        """Write the rows if the parameters were changed by another hand than `NeuronAdamW`'s.
+
+        Told by their values: fused optimizers, and whoever writes to `.data`, leave the version counter
+        as it is. On a GPU, which would have to be waited for, the rows are written in any case.
+        """
+        packed = self.packed.detach()
+        if not packed.is_cpu or not torch.equal(packed, self._written):
+            self.write()
+
+    def _put_back(self) -> None:
+        """Go back to the last finite parameters.
+
+        Raises:
+            ActivationError: always.
+        """
+        self.packed.detach().copy_(self._written)
+        write_updated_rows(self._rows, self._written)
+        raise ActivationError(
+            "the update is no longer finite after the last optimizer step; it was put back to what it was "
+            "before, and update.patch() takes that. Lower the learning rate, or clip the gradient"
+        )
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -305,25 +346,34 @@ class ClusterUpdate:
 
         Raises:
             SelectionError: the trained model's weights cannot be read, and no `base` was given.
-            InputError: the update was trained in fp64.
+            InputError: the update was trained in fp64, or changes no row.
+            ActivationError: the parameters are not finite; they are put back to the last that were.
         """
         if self.packed.dtype != torch.float32:
             raise InputError(
                 f"a patch holds fp32 and the update is {self.packed.dtype}; leave out "
                 "nest.trainable(dtype=...), which is for checking gradients"
             )
+        if not bool(self.packed.isfinite().all()):
+            self._put_back()
         if base is None:
             self.check_patchable()
         vectors = self._slices(self._vector_parts, self.packed)
         loadings = self._slices(self._loading_parts, self.packed)
         with self.removed(), self._unregistered():
-            return NeuronPatch.create(
+            patch = NeuronPatch.create(
                 self.model if base is None else base,
                 self.selection,
                 vectors={name: values.cpu() for name, values in vectors.items()},
                 loadings={name: values.cpu() for name, values in loadings.items()} or None,
                 provenance=dict(provenance or {}),
             )
+        if not patch.has_effect:
+            raise InputError(
+                "the update changes no row of the model, so that a patch of it would do nothing: take it "
+                "after optimizer steps, with a learning rate that is not too small for the weights' dtype"
+            )
+        return patch
 
     # --- in the model -----------------------------------------------------------------------------
 
@@ -335,12 +385,21 @@ class ClusterUpdate:
             site.module.register_forward_hook(self._hook(site, function)) for site in self.sites
         ]
         if self.mode == "live":
-            # a function and no method: a deep copy of the model would copy the method's update
-            def catch_up(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-                if self.packed._version != self._written:  # by another optimizer than NeuronAdamW
-                    self.write()
+            # Functions and no methods: a deep copy of the model would copy the methods' update. Not
+            # compiled: what they compare is not known before.
+            def before_pass(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+                self.catch_up()
 
-            handles += [site.module.register_forward_pre_hook(catch_up) for site in self.sites]
+            def before_saving(_module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+                self.catch_up()
+
+            # The model, and the first site for those who call its backbone.
+            first = self.sites[0].module
+            uncompiled: Callable[..., None] = torch.compiler.disable(before_pass)
+            handles += [m.register_forward_pre_hook(uncompiled) for m in (self.model, first)]
+            handles += [
+                site.module.register_state_dict_pre_hook(before_saving) for site in self.sites
+            ]
         if any(type(parameter).__name__ == "DTensor" for parameter in self.model.parameters()):
             handles.append(self.packed.register_hook(_mean_over_ranks))
         return handles
@@ -422,7 +481,7 @@ def trainable(
     update in them, and backward leaves the update's gradient in `update.packed.grad`. After the block
     the model is bit for bit as it was; take `update.patch()` before it ends.
 
-    Wrap the model in DDP inside the block, and compile it there for branch mode. A checkpoint saved inside
+    Wrap the model in DDP inside the block, and compile it there. A checkpoint saved inside
     the block holds the live rows and `nest_update`; for one to publish, fold the patch.
 
     Args:
@@ -440,6 +499,8 @@ def trainable(
         InputError: the model carries a trainable update already, or an unknown setting.
     """
     check_settings(update, mode, dtype)
+    check_not_distributed(model)
+    model = unwrapped(model)
     modules = {site_module(model, part.site): None for part in selection.sites}
     if any(hasattr(module, _MARK) for module in model.modules()):
         raise InputError("this model has a trainable update already; leave that block first")
@@ -478,7 +539,7 @@ def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
 def _parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds the one at this path, and its name there."""
     parent, _, name = path.rpartition(".")
-    return model.get_submodule(parent), name
+    return submodule(model, parent), name
 
 
 def _mean_over_ranks(grad: Tensor) -> Tensor:

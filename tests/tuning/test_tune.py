@@ -108,12 +108,11 @@ def test_the_best_step_is_kept_and_its_loss_is_the_oracles(monkeypatch: pytest.M
     assert found == pytest.approx([losses[0], losses[best]], rel=1e-5)
 
 
-def test_where_no_step_helps_the_patch_changes_nothing() -> None:
+def test_where_no_step_helps_there_is_no_patch() -> None:
     model = build()
     before = state_of(model)
-    result = tuned(model, learning_rate=1e4, clip=0.0, update="shared", max_steps=2)
-    assert result.best_step == 0
-    result.patch.fold_into(model)
+    with pytest.raises(InputError, match="no step lowered the validation loss"):
+        tuned(model, learning_rate=1e4, clip=0.0, update="shared", max_steps=2)
     assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
 
 
