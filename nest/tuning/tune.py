@@ -157,8 +157,8 @@ def tune_update(
             raise InputError(
                 f"no step lowered the validation loss ({loop.best_loss:.4g} at the start, "
                 f"{loop.history[-1].validation_loss:.4g} at the end), so that a patch would change "
-                f"nothing, and none is made; try a learning rate under {rate:.3g} (--learning-rate), or more "
-                "dialogues"
+                f"nothing, and none is made; try a learning rate under {rate:.3g} (--learning-rate), or "
+                "more dialogues"
             )
         return result()
 
