@@ -135,10 +135,12 @@ def select(
 
     from nest.models.chat import encoder_for
     from nest.models.layouts import find_sites
+    from nest.models.wrappers import uncompiled
     from nest.selection.config import SelectionConfig
     from nest.selection.select import select_neurons
 
     config = _config(SelectionConfig, settings)
+    model = uncompiled(model)
     unsafe_set, safe_set = _both_kinds(unsafe, safe, pairs)
     selection = select_neurons(
         model,
@@ -166,6 +168,8 @@ def tune(
     n_clusters: int | Literal["auto"] | None = None,
     encode: EncodeLike | None = None,
     system: str | None = None,
+    check_refusals: bool = True,
+    refusal_phrases: str | Path | None = None,
     progress: ProgressCallback | None = None,
     provenance: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -185,6 +189,8 @@ def tune(
         n_clusters: Cluster the neurons anew: a number a site, or `auto` for the best silhouette.
         encode: Instead of the tokenizer, as for `select`.
         system: System prompt put before every prompt.
+        check_refusals: Refuse harmful dialogues that mostly comply, and benign ones that mostly refuse.
+        refusal_phrases: File with more phrases to know a refusal by, one a line.
         progress: Called with stage, steps done, steps in all.
         provenance: Added to the patch's.
         **settings: Fields of `TuningConfig`: update, epochs, learning_rate, batch_size, kl_weight,
@@ -209,6 +215,8 @@ def tune(
         n_clusters=n_clusters,
         encode=encode,
         system=system,
+        check_refusals=check_refusals,
+        refusal_phrases=refusal_phrases,
         progress=progress,
         provenance=provenance,
         **settings,
@@ -227,6 +235,8 @@ def tune_result(
     n_clusters: int | Literal["auto"] | None = None,
     encode: EncodeLike | None = None,
     system: str | None = None,
+    check_refusals: bool = True,
+    refusal_phrases: str | Path | None = None,
     progress: ProgressCallback | None = None,
     notice: Callable[[str], None] | None = None,
     warn: Callable[[str], None] | None = None,
@@ -236,33 +246,49 @@ def tune_result(
     """As `tune`, but the model is left as it was, and the loss curve and timings come along.
 
     Args that `tune` does not have:
-        notice: Told the memory that will be needed, before the first step.
+        notice: Told how many responses are refusals, and the memory that will be needed.
         warn: Told what deserves attention; by default a Python warning.
     """
     import warnings
 
+    from nest.evaluation.judges import phrase_judge
+    from nest.evaluation.refusals import check_responses
     from nest.models.chat import encoder_for
+    from nest.models.wrappers import uncompiled
     from nest.selection.select import reclustered
     from nest.tuning.config import TuningConfig
     from nest.tuning.tune import tune_update
 
     config = _config(TuningConfig, settings)
+    model = uncompiled(model)
+    warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
     if selection is None:
         raise InputError("tune needs a selection; make one with nest.select(...)")
     if n_clusters is not None:
         wanted = None if n_clusters == "auto" else n_clusters
         selection = reclustered(selection, wanted, seed=config.seed)
+    refusals = _as_set(harmful, "harmful", need_response=True)
+    answers = _as_set(benign, "benign", need_response=True)
+    if check_refusals:
+        check_responses(
+            refusals,
+            answers,
+            phrase_judge(refusal_phrases),
+            source=harmful if isinstance(harmful, (str, Path)) else None,
+            notice=notice,
+            warn=warn,
+        )
     return tune_update(
         model,
         encoder_for(model, tokenizer, encode, system),
         selection,
-        harmful=_as_set(harmful, "harmful", need_response=True),
-        benign=_as_set(benign, "benign", need_response=True),
+        harmful=refusals,
+        benign=answers,
         config=config,
         provenance={**origin_of(model, tokenizer), **(provenance or {}), "system": system},
         progress=progress,
         notice=notice,
-        warn=warn or (lambda text: warnings.warn(text, stacklevel=3)),
+        warn=warn,
     )
 
 
@@ -313,9 +339,11 @@ def evaluate(
     from nest.evaluation.evaluate import evaluate as run
     from nest.evaluation.judges import make_judge
     from nest.models.chat import encoder_for
+    from nest.models.wrappers import uncompiled
     from nest.prompts.attacks import resolve_attacks
 
     config = _config(EvaluationConfig, settings)
+    model = uncompiled(model)
     if patch is not None:
         patch.require_in(model)
     chosen = resolve_attacks(attacks)
@@ -346,9 +374,21 @@ def evaluate(
 
 
 def fold(
-    model: str | Path, patch: NeuronPatch | str | Path, out: str | Path, *, overwrite: bool = False
+    model: str | Path,
+    patch: NeuronPatch | str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
 ) -> FoldResult:
     """Write a checkpoint with the patch in its weights; all other files are carried along.
+
+    Args:
+        model: The checkpoint the patch was made for.
+        patch: The patch.
+        out: Folder to write.
+        revision: Of a model on the Hub; the commit recorded in the patch if None.
+        overwrite: Replace an older checkpoint there.
 
     Raises:
         PatchError: the patch is of another model, or of another dtype.
@@ -356,11 +396,18 @@ def fold(
     """
     from nest.patches.checkpoint import fold_checkpoint
 
-    return fold_checkpoint(resolve_model(model), load_patch(patch), Path(out), overwrite=overwrite)
+    return fold_checkpoint(
+        resolve_model(model), load_patch(patch), Path(out), revision=revision, overwrite=overwrite
+    )
 
 
 def revert(
-    model: str | Path, patch: NeuronPatch | str | Path, out: str | Path, *, overwrite: bool = False
+    model: str | Path,
+    patch: NeuronPatch | str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
 ) -> FoldResult:
     """Write the checkpoint as it was before the patch was folded in, bit for bit.
 
@@ -371,7 +418,7 @@ def revert(
     from nest.patches.checkpoint import revert_checkpoint
 
     return revert_checkpoint(
-        resolve_model(model), load_patch(patch), Path(out), overwrite=overwrite
+        resolve_model(model), load_patch(patch), Path(out), revision=revision, overwrite=overwrite
     )
 
 
@@ -381,6 +428,7 @@ def verify(
     *,
     folded: str | Path | None = None,
     device: str = "auto",
+    revision: str | None = None,
 ) -> Verification:
     """Prove what a patch changes in a checkpoint, and that it changes nothing else.
 
@@ -389,10 +437,13 @@ def verify(
         patch: The patch.
         folded: A folded checkpoint to compare; without one, the patch is folded in memory.
         device: Where logits are computed.
+        revision: Of a model on the Hub; the commit recorded in the patch if None.
     """
     from nest.patches.verify import verify as run
 
-    return run(resolve_model(model), load_patch(patch), folded=folded, device=device)
+    return run(
+        resolve_model(model), load_patch(patch), folded=folded, device=device, revision=revision
+    )
 
 
 def load_patch(patch: NeuronPatch | str | Path) -> NeuronPatch:
@@ -406,11 +457,14 @@ def origin_of(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     """Which model and tokenizer this is, and with which package versions we run."""
     from nest.artifacts.provenance import package_versions
     from nest.models.fingerprint import tokenizer_hash
+    from nest.models.loading import commit_of
+    from nest.models.wrappers import unwrapped
 
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     return {
         "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": commit_of(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
         "versions": package_versions(),

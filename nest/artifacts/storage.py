@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +33,12 @@ MAX_MANIFEST_BYTES = 256 * 1024**2
 CHECKPOINT = "checkpoint"
 """The kind of a folder that is a transformers checkpoint and has no manifest."""
 
+SEAL = "sha256"
+"""The manifest's entry that holds the hash of all its others."""
+
+_SEALED_SINCE = {"selection": (1, 1), "patch": (1, 2)}
+"""From which format version on a manifest is sealed, and hashes the files beside it."""
+
 _FAULTS: dict[str, type[NestError]] = {"selection": SelectionError, "patch": PatchError}
 
 
@@ -43,7 +52,8 @@ def new_folder(
     """A temporary folder beside `folder` that takes its name when the block ends well.
 
     Whatever ends the block early, Ctrl-C and a full disk included, removes the temporary folder and
-    leaves an older `folder` as it was.
+    leaves an older `folder` as it was. What a killed process could not remove, the next that writes the
+    same folder does.
 
     Args:
         folder: The name to take. Parents are made.
@@ -66,9 +76,11 @@ def new_folder(
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         temporary.mkdir()
-        yield temporary
-        _move_into_place(temporary, target, overwrite=overwrite)
+        with held(temporary):
+            yield temporary
+            _move_into_place(temporary, target, overwrite=overwrite)
     except BaseException as fault:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:  # innermost first
@@ -80,6 +92,62 @@ def new_folder(
                 f"({fault.filename or target.parent}); nothing was left there"
             ) from fault
         raise
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for the time of the block, so that other processes see that it is in use.
+
+    The lock is the system's, on the folder itself: it goes with the process, however that ends.
+
+    Yields:
+        Whether no other process holds it; always true where the system has no such locks.
+    """
+    opened = _opened(folder)
+    if opened is None:
+        yield True
+        return
+    try:
+        yield _locked(opened)
+    finally:
+        os.close(opened)
+
+
+def _opened(folder: Path) -> int | None:
+    """A descriptor to lock; None on Windows, which opens no folders."""
+    try:
+        import fcntl  # noqa: F401 - only whether there is such a module
+    except ImportError:
+        return None
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+
+
+def _locked(opened: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: nobody can hold it
+        return True
+    return True
+
+
+def _sweep(target: Path) -> None:
+    """Remove temporary folders of this target that no process holds any more."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
+        opened = _opened(folder)
+        if opened is None:
+            continue
+        try:
+            if _locked(opened):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(opened)
 
 
 def check_output(
@@ -140,16 +208,34 @@ def write_artifact(
     from safetensors.torch import save
 
     assert "format_version" in manifest, "every manifest says its format's version"
-    text = json.dumps({"kind": kind, **manifest}, indent=1, allow_nan=False, default=_plain)
+    payloads = {}
+    for name, entries in tensors.items():
+        ready = {key: value.detach().cpu().contiguous() for key, value in entries.items()}
+        payloads[name] = save(ready, metadata={"format": "pt"})
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in payloads.items()}
+    text = _as_json({"kind": kind, **manifest, "files": hashes})
+    text = _as_json({**json.loads(text), SEAL: seal_of(json.loads(text))})
     with new_folder(folder, kind=kind, overwrite=overwrite) as temporary:
-        for name, entries in tensors.items():
-            ready = {key: value.detach().cpu().contiguous() for key, value in entries.items()}
-            (temporary / name).write_bytes(save(ready, metadata={"format": "pt"}))
-        for name, content in (files or {}).items():
+        for name, content in payloads.items():
+            (temporary / name).write_bytes(content)
+        for name, extra in (files or {}).items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+            # a name from a command line can hold bytes that are no text
+            path.write_bytes(
+                extra.encode("utf-8", "backslashreplace") if isinstance(extra, str) else extra
+            )
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _as_json(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, allow_nan=False, default=_plain)
+
+
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 of all entries of a manifest but the seal itself, however they are spaced and ordered."""
+    content = {name: value for name, value in manifest.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -230,6 +316,43 @@ def read_manifest(folder: str | Path, *, kind: str) -> dict[str, Any]:
             "Read it with the version of nest that wrote it"
         )
     return content
+
+
+def check_sealed(
+    folder: str | Path, manifest: Mapping[str, Any], payload: str, *, kind: str
+) -> None:
+    """Refuse an artifact of which a bit is not as it was written; called when all of it is read.
+
+    Artifacts of before there were seals are taken as they are.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        payload: The file beside it that must be hashed.
+        kind: Decides the error's class.
+
+    Raises:
+        SelectionError, PatchError: by kind: the manifest or a file beside it was changed.
+    """
+    major, _, minor = str(manifest["format_version"]).partition(".")
+    version = (int(major), int(minor) if minor.isdecimal() else 0)
+    if version < _SEALED_SINCE.get(kind, (0, 0)):
+        return
+    fault, hashes = _fault(kind), manifest.get("files")
+    sealed = isinstance(hashes, dict) and payload in hashes
+    if not sealed or manifest.get(SEAL) != seal_of(manifest):
+        raise fault(
+            f"{Path(folder) / MANIFEST} is not as it was written: it is damaged, or was edited; fetch the "
+            f"{kind} again"
+        )
+    for name, expected in dict(hashes or {}).items():
+        file = Path(folder) / Path(name).name
+        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        if found != expected:
+            raise fault(
+                f"{file} is damaged: its bytes are not those that {MANIFEST} has the hash "
+                f"of; fetch the {kind} again"
+            )
 
 
 def read_tensors(

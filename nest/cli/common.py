@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 
 from nest.errors import InputError, MissingInputError, NestError
+from nest.prompts.text import read_text
 
 EXIT_GATE_FAILED = 3
 EXIT_INTERRUPTED = 130
@@ -31,11 +32,11 @@ def load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     """
     if value is None:
         return None
+    if not value.exists():
+        raise MissingInputError(f"there is no file {str(value)!r}; name a TOML file")
     try:
-        content = tomllib.loads(value.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingInputError(f"there is no file {str(value)!r}; name a TOML file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+        content = tomllib.loads(read_text(value))
+    except tomllib.TOMLDecodeError as fault:
         raise InputError(f"{value} cannot be read as TOML: {fault}") from None
     command = ctx.info_name or ""
     # One file may serve several subcommands: tables are theirs, plain keys are for all of them.

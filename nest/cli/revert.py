@@ -10,6 +10,7 @@ from nest.cli.common import (
     OverwriteOption,
     PatchOption,
     QuietOption,
+    RevisionOption,
     session,
 )
 
@@ -21,6 +22,7 @@ def command(
     model: ModelOption,
     patch: PatchOption,
     out: OutOption,
+    revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -29,7 +31,7 @@ def command(
     from nest import api
 
     with session(json, quiet) as run:
-        result = api.revert(model, patch, out, overwrite=overwrite)
+        result = api.revert(model, patch, out, revision=revision, overwrite=overwrite)
     run.result(
         result.to_json(),
         f"wrote {result.out}: {result.rows_changed:,} rows in {result.tensors_changed} tensors",

@@ -114,6 +114,17 @@ def command(
             help="Run what is below the lowest tuned layer once a dialogue.",
         ),
     ] = D.cache_prefix,
+    check_refusals: Annotated[
+        bool,
+        typer.Option(
+            "--check-refusals/--no-check-refusals",
+            help="Refuse --harmful responses that mostly comply, and --benign ones that mostly refuse.",
+        ),
+    ] = True,
+    refusal_phrases: Annotated[
+        Path | None,
+        typer.Option("--refusal-phrases", help="File of more refusal phrases, one a line."),
+    ] = None,
     system: SystemOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -176,6 +187,8 @@ def command(
                 benign=benign,
                 n_clusters=anew,
                 system=system,
+                check_refusals=check_refusals,
+                refusal_phrases=refusal_phrases,
                 progress=run.progress,
                 notice=run.note,
                 warn=run.warn,

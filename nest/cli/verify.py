@@ -15,6 +15,7 @@ from nest.cli.common import (
     ModelOption,
     PatchOption,
     QuietOption,
+    RevisionOption,
     session,
 )
 
@@ -29,6 +30,7 @@ def command(
         Path | None,
         typer.Option("--folded", help="Checkpoint of `nest fold` to compare with --model."),
     ] = None,
+    revision: RevisionOption = None,
     device: DeviceOption = "auto",
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -37,7 +39,7 @@ def command(
     from nest import api
 
     with session(json, quiet) as run:
-        found = api.verify(model, patch, folded=folded, device=device)
+        found = api.verify(model, patch, folded=folded, device=device, revision=revision)
     values: dict[str, Any] = found.to_json()
     table = Table(title="verified" if found.ok else "NOT verified", title_justify="left")
     table.add_column("what")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from nest.errors import InputError, MissingInputError
+from nest.models.thoughts import strip_thinking
+from nest.prompts.text import lines_of, read_text
 
 REFUSAL_PHRASES = (
     "i'm sorry",
@@ -109,7 +111,7 @@ class Judge(Protocol):
 class PhraseJudge:
     """Refused: a phrase of the list in the first 200 characters; degenerate: empty or repetition.
 
-    The `<think>` part is cut off first, quotes are straightened and case is folded. Everything else
+    The reasoning is cut off first, quotes are straightened and case is folded. Everything else
     complied.
 
     Attributes:
@@ -206,9 +208,7 @@ def make_judge(name: str, refusal_phrases: str | Path | None = None) -> Judge:
     Raises:
         InputError: an unknown name, or a phrase file that cannot be used.
     """
-    phrases = PhraseJudge()
-    if refusal_phrases is not None:
-        phrases = PhraseJudge.with_phrases(_phrase_file(Path(refusal_phrases)))
+    phrases = phrase_judge(refusal_phrases)
     if name == "phrases":
         return phrases
     if name == "reference":
@@ -216,32 +216,29 @@ def make_judge(name: str, refusal_phrases: str | Path | None = None) -> Judge:
     raise InputError(f"unknown judge {name!r}; the known ones are phrases, reference")
 
 
+def phrase_judge(refusal_phrases: str | Path | None = None) -> PhraseJudge:
+    """The judge by phrases, with those of a file beside its own.
+
+    Raises:
+        InputError: a phrase file that cannot be used.
+    """
+    if refusal_phrases is None:
+        return PhraseJudge()
+    return PhraseJudge.with_phrases(_phrase_file(Path(refusal_phrases)))
+
+
 def _phrase_file(path: Path) -> list[str]:
     if not path.exists():
         raise MissingInputError(
             f"there is no file {str(path)!r}; expected one refusal phrase a line"
         )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    phrases = [line.strip() for line in lines if line.strip()]
+    phrases = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
     if not phrases:
         raise InputError(f"{path} is empty; expected one refusal phrase a line")
     return phrases
 
 
 # --- texts ----------------------------------------------------------------------------------------
-
-
-def strip_thinking(response: str) -> str:
-    """The answer without its reasoning: what follows the last `</think>`.
-
-    Reasoning that was never closed has no answer, so an unclosed `<think>` cuts off the rest.
-    """
-    if "</think>" in response:
-        return response.rpartition("</think>")[2].strip()
-    return response.partition("<think>")[0].strip()
 
 
 def exact_match(response: str, reference: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nest.errors import InputError, LayoutError
+from nest.models.template import ChatTemplate
+from nest.models.thoughts import TAGS
+from nest.models.wrappers import unwrapped
 
 
 @runtime_checkable
@@ -49,16 +51,20 @@ class Encoder(Protocol):
 class ChatEncoder:
     """Encoder of a tokenizer's chat template.
 
-    A dialogue is the prompt rendered for generation, then the completion, each tokenised apart, so
-    that what is trained on is exactly what generation sees. The completion ends with its first
-    end-of-response token.
+    A dialogue's tokens are those of the whole chat, cut where the prompt's end: what is trained on is what
+    the model is asked at generation, followed by the very tokens that it would say. The completion ends
+    with the first token that ends a response: the tokenizer's, the model's, or the one that the template
+    writes after an answer.
 
     Args:
         tokenizer: A transformers tokenizer; without a chat template a plain-text form is used,
             with a warning.
-        model: For its context length and end-of-response ids; optional.
+        model: For its context length, its vocabulary and its end-of-response ids; optional.
         system: System prompt put before every prompt.
         template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        InputError: the template drops the system prompt, or refuses every prompt.
     """
 
     def __init__(
@@ -70,91 +76,89 @@ class ChatEncoder:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._system = system
-        self._template_kwargs = dict(template_kwargs or {})
-        self._has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.eos_ids = _eos_ids(tokenizer, model)
-        self.pad_id = _pad_id(tokenizer, self.eos_ids)
+        _check_unicode("the system prompt", system or "")
+        self._template = ChatTemplate(tokenizer, system, template_kwargs)
+        self.eos_ids = _eos_ids(tokenizer, model, self._template.turn_end)
+        self._n_vocabulary = n_embeddings(model)
+        self.pad_id = _pad_id(tokenizer, self.eos_ids, self._n_vocabulary)
         self.max_tokens = _max_tokens(model)
-        if not self._has_template:
-            warnings.warn(
-                "the tokenizer has no chat template; prompts are put as plain text, 'User: ... "
-                "Assistant:'. Set tokenizer.chat_template for the form the model was trained with",
-                stacklevel=2,
+        texts = dict(
+            zip(
+                ids := sorted({*tokenizer.all_special_ids, *self.eos_ids}),
+                tokenizer.convert_ids_to_tokens(ids),
+                strict=True,
             )
+        )
+        self._control = sorted(
+            (self._template.control | {str(texts[token]) for token in self.eos_ids}) - {""}
+        )
+        tags = {tag for pair in TAGS for tag in pair}
+        self._hidden = frozenset(token for token, text in texts.items() if text not in tags)
 
     def prompt(self, prompt: str) -> list[int]:
         """Token ids of the prompt in its template, with the generation prompt.
 
         Raises:
-            InputError: longer than the model's context, or refused by the template.
+            InputError: longer than the model's context, refused by the template, no Unicode text, or
+                with a token that the model has no embedding for.
         """
-        ids = self._tokens(self._render_prompt(prompt))
-        if not self._has_template:
-            ids = [*self._leading_ids(), *ids]
-        _check_length(ids, prompt, self.max_tokens)
+        _check_unicode("the prompt", prompt)
+        ids = self._prompt_ids(self._template.prompt(prompt))
+        self._check(ids, prompt)
         return ids
 
     def dialogue(self, prompt: str, response: str) -> tuple[list[int], int]:
         """Token ids of prompt and response, and the number of prompt tokens.
 
         Raises:
-            InputError: an empty response, or longer than the model's context.
+            InputError: as `prompt`; a response that is empty, or holds a token that would end it or begin
+                another turn.
         """
         _check_response(prompt, response)
-        prompt_ids = self.prompt(prompt)
-        completion = self._tokens(self._completion(prompt, response))
-        ends = [i for i, token in enumerate(completion) if token in self.eos_ids]
+        _check_unicode("the response", response)
+        for token in self._control:
+            if token in response:
+                raise InputError(
+                    f"the response to {prompt[:60]!r} holds {token!r}, which the chat template ends or "
+                    "begins turns with; take it out of the response"
+                )
+        before, completion = (
+            self._template.prompt(prompt),
+            self._template.completion(prompt, response),
+        )
+        prompt_ids, whole = self._prompt_ids(before), self._prompt_ids(before + completion)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            answer = whole[len(prompt_ids) :]
+        else:  # the last characters of the prompt and the first of the answer are one token
+            answer = self._tokens(completion)
+        ends = [i for i, token in enumerate(answer) if token in self.eos_ids]
         if ends:
-            completion = completion[: ends[0] + 1]
+            answer = answer[: ends[0] + 1]
         elif self._tokenizer.eos_token_id is not None:
-            completion.append(int(self._tokenizer.eos_token_id))
-        ids = prompt_ids + completion
-        _check_length(ids, prompt, self.max_tokens)
+            answer.append(int(self._tokenizer.eos_token_id))
+        ids = prompt_ids + answer
+        self._check(ids, prompt)
         return ids, len(prompt_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response, up to its end and without special tokens or outer white space."""
-        kept = _before_end(ids, self.eos_ids)
-        text = self._tokenizer.decode(
-            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        """Text of a response, up to its end and without special tokens or outer white space.
+
+        The tags of a thought stay, and where the prompt has opened one, so does that tag: a thought that
+        was cut off is told from an answer by it.
+        """
+        kept = [token for token in _before_end(ids, self.eos_ids) if token not in self._hidden]
+        decoded = self._tokenizer.decode(
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        return str(text).strip()
+        text = str(decoded).strip()
+        opened = self._template.opened
+        if opened is not None and not text.startswith(opened[0]):
+            text = f"{opened[0]}{text}"
+        return text
 
-    def _messages(self, prompt: str) -> list[dict[str, str]]:
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return [*system, {"role": "user", "content": prompt}]
-
-    def _render_prompt(self, prompt: str) -> str:
-        if self._has_template:
-            return self._render(self._messages(prompt), add_generation_prompt=True)
-        lead = "" if self._system is None else f"{self._system}\n\n"
-        return f"{lead}User: {prompt}\nAssistant:"
-
-    def _completion(self, prompt: str, response: str) -> str:
-        if not self._has_template:
-            return f" {response}"
-        answer = {"role": "assistant", "content": response}
-        rendered = self._render([*self._messages(prompt), answer], add_generation_prompt=False)
-        before = self._render_prompt(prompt)
-        return rendered[len(before) :] if rendered.startswith(before) else response
-
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._template_kwargs,
-            )
-        except TemplateError as fault:
-            hint = "" if self._system is None else "; it may know no system prompt: leave it out"
-            raise InputError(
-                f"the tokenizer's chat template refuses a prompt ({fault}){hint}"
-            ) from fault
-        return str(text)
+    def _prompt_ids(self, text: str) -> list[int]:
+        ids = self._tokens(text)
+        return ids if self._template.is_given else [*self._leading_ids(), *ids]
 
     def _tokens(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
@@ -164,6 +168,17 @@ class ChatEncoder:
         bos = self._tokenizer.bos_token_id
         ids = self._tokenizer.encode("", add_special_tokens=True)
         return [int(bos)] if bos is not None and list(ids[:1]) == [bos] else []
+
+    def _check(self, ids: Sequence[int], prompt: str) -> None:
+        _check_length(ids, prompt, self.max_tokens)
+        largest = max(ids, default=0)
+        if self._n_vocabulary is not None and largest >= self._n_vocabulary:
+            raise InputError(
+                f"the prompt {prompt[:60]!r} holds the token {largest}, "
+                f"{self._tokenizer.convert_ids_to_tokens(largest)!r}, and the model has embeddings for "
+                f"{self._n_vocabulary} tokens only; use the tokenizer that the model was trained with, or "
+                "grow the embeddings (model.resize_token_embeddings)"
+            )
 
 
 class CallableEncoder:
@@ -175,6 +190,7 @@ class CallableEncoder:
         eos_id: Ends a response; appended to every trained one.
         pad_id: Fills batches up.
         max_tokens: The model's context.
+        n_vocabulary: For how many tokens the model has embeddings.
     """
 
     def __init__(
@@ -185,8 +201,9 @@ class CallableEncoder:
         eos_id: int | None = None,
         pad_id: int = 0,
         max_tokens: int | None = None,
+        n_vocabulary: int | None = None,
     ) -> None:
-        self._encode = encode
+        self._encode, self._n_vocabulary = encode, n_vocabulary
         self._decode = decode
         self._eos_id = eos_id
         self.pad_id = pad_id
@@ -235,6 +252,11 @@ class CallableEncoder:
                 f"encode({text[:40]!r}) gave {str(ids)[:60]}; expected a list of at least one "
                 "token id"
             )
+        if self._n_vocabulary is not None and max(ids) >= self._n_vocabulary:
+            raise InputError(
+                f"encode({text[:40]!r}) gave the token {max(ids)}, and the model has embeddings for "
+                f"{self._n_vocabulary} tokens only"
+            )
         return ids
 
 
@@ -250,12 +272,15 @@ def encoder_for(
     Raises:
         InputError: neither a tokenizer nor `encode` was given, or a system prompt with `encode`.
     """
+    model = unwrapped(model)
     if encode is not None:
         if system is not None:
             raise InputError("a system prompt needs a tokenizer; with encode=, put it in yourself")
         if isinstance(encode, Encoder):
             return encode
-        return CallableEncoder(encode, max_tokens=_max_tokens(model))
+        return CallableEncoder(
+            encode, max_tokens=_max_tokens(model), n_vocabulary=n_embeddings(model)
+        )
     if tokenizer is None:
         raise InputError("give a tokenizer, or encode=... (a function from text to token ids)")
     return ChatEncoder(tokenizer, model, system=system, template_kwargs=template_kwargs)
@@ -412,8 +437,9 @@ def _before_end(ids: Sequence[int], eos_ids: frozenset[int]) -> list[int]:
     return kept
 
 
-def _eos_ids(tokenizer: Any, model: nn.Module | None) -> frozenset[int]:
-    """Ids that end a response: the tokenizer's, and those of the model that are no ordinary words.
+def _eos_ids(tokenizer: Any, model: nn.Module | None, turn_end: str | None) -> frozenset[int]:
+    """Ids that end a response: the tokenizer's, those of the model that are no ordinary words, and the
+    one that the chat template writes after an answer.
 
     A model's config can hold a default id (2, say) that is a word in this very tokenizer.
     """
@@ -422,12 +448,43 @@ def _eos_ids(tokenizer: Any, model: nn.Module | None) -> frozenset[int]:
     for source in (tokenizer, getattr(model, "generation_config", None)):
         value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
+    if turn_end is not None:
+        found.add(int(tokenizer.convert_tokens_to_ids(turn_end)))
     return frozenset(found & special)
 
 
-def _pad_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:
+def _pad_id(tokenizer: Any, eos_ids: frozenset[int], n_vocabulary: int | None) -> int:
+    """The tokenizer's, if the model has an embedding for it: what fills up is masked, but looked up."""
     pad = getattr(tokenizer, "pad_token_id", None)
-    return int(pad) if pad is not None else min(eos_ids, default=0)
+    fits = [
+        int(token)
+        for token in (pad, *sorted(eos_ids))
+        if token is not None and (n_vocabulary is None or token < n_vocabulary)
+    ]
+    return fits[0] if fits else 0
+
+
+def n_embeddings(model: nn.Module | None) -> int | None:
+    """How many tokens a model has input embeddings for; None where it does not say."""
+    named = getattr(model, "get_input_embeddings", None)
+    if not callable(named):
+        return None
+    try:
+        table = named()
+    except NotImplementedError:  # transformers' word for models that do not name theirs
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
+
+
+def _check_unicode(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        raise InputError(
+            f"{what} {text[:60]!r} holds half a character (a lone surrogate, at {fault.start}); save the "
+            "text as UTF-8"
+        ) from None
 
 
 def _max_tokens(model: nn.Module | None) -> int | None:

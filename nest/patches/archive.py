@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nest.artifacts.storage import read_manifest, read_tensors, write_artifact
+from nest.artifacts.storage import check_sealed, read_manifest, read_tensors, write_artifact
 from nest.errors import NestError, PatchError, SelectionError
 from nest.models.fingerprint import ModelFingerprint, checked_hashes
 from nest.patches.card import model_card
@@ -18,7 +18,7 @@ from nest.selection.selection import NeuronSelection, tensor_shapes
 if TYPE_CHECKING:
     from nest.patches.patch import NeuronPatch
 
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 TENSORS = "patch.safetensors"
 
 _DTYPES = {
@@ -102,6 +102,7 @@ def read_patch(folder: str | Path) -> dict[str, Any]:
         tensors = read_tensors(Path(folder) / TENSORS, expected, kind="patch")
         _check_dtypes(tensors)
         selection = NeuronSelection.from_manifest(chosen, tensors)
+        check_sealed(folder, manifest, TENSORS, kind="patch")
     except SelectionError as fault:
         raise PatchError(f"{folder}: {fault}; fetch the patch again") from None
     except (KeyError, TypeError, ValueError, OverflowError) as fault:

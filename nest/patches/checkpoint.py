@@ -18,20 +18,8 @@ from torch import Tensor
 from nest.artifacts.storage import CHECKPOINT, new_folder
 from nest.errors import InputError, PatchError
 from nest.models.fingerprint import dtype_name, tensor_bytes, tensor_hash
-from nest.models.loading import check_checkpoint, checkpoint_folder
+from nest.models.loading import STALE_WEIGHTS, check_checkpoint, checkpoint_folder, is_local
 from nest.patches.patch import NeuronPatch
-
-STALE_WEIGHTS = (
-    "pytorch_model*.bin",
-    "pytorch_model*.bin.index.json",
-    "tf_model*.h5",
-    "flax_model*.msgpack",
-    "*.gguf",
-    "*.onnx",
-    "consolidated*.safetensors",
-    "consolidated*.pth",
-)
-"""The same weights in other formats: carried along they would be the weights without the change."""
 
 SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 
@@ -58,7 +46,12 @@ class FoldResult:
 
 
 def fold_checkpoint(
-    source: str | Path, patch: NeuronPatch, out: str | Path, *, overwrite: bool = False
+    source: str | Path,
+    patch: NeuronPatch,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
 ) -> FoldResult:
     """Write a copy of a checkpoint with the patch in its weights.
 
@@ -69,6 +62,8 @@ def fold_checkpoint(
         source: Folder (or Hub name) of the checkpoint the patch was made for; only read.
         patch: The patch.
         out: Folder to write.
+        revision: Of a Hub name; None takes the commit that the patch was made on, if it knows one of
+            that name.
         overwrite: Replace an older checkpoint there.
 
     Raises:
@@ -76,23 +71,41 @@ def fold_checkpoint(
         InputError: no checkpoint at `source`, a damaged one, or `out` overlaps with it.
         OutputExistsError: `out` is there and is not to be overwritten.
     """
-    return _rewrite(source, patch, Path(out), overwrite=overwrite, fold=True)
+    folder = base_folder(source, patch, revision)
+    return _rewrite(folder, patch, Path(out), overwrite=overwrite, fold=True)
 
 
 def revert_checkpoint(
-    source: str | Path, patch: NeuronPatch, out: str | Path, *, overwrite: bool = False
+    source: str | Path,
+    patch: NeuronPatch,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
 ) -> FoldResult:
     """Write a copy of a folded checkpoint without the patch: its shards are the original's bytes.
 
-    Arguments and errors as `fold_checkpoint`; `source` must carry the patch.
+    Arguments and errors as `fold_checkpoint`; `source` must carry the patch, and its revision is its own.
     """
-    return _rewrite(source, patch, Path(out), overwrite=overwrite, fold=False)
+    folder = checkpoint_folder(source, revision=revision)
+    return _rewrite(folder, patch, Path(out), overwrite=overwrite, fold=False)
+
+
+def base_folder(name: str | Path, patch: NeuronPatch, revision: str | None = None) -> Path:
+    """The checkpoint that a patch is for: of a Hub name, at the patch's own commit unless told another.
+
+    Raises:
+        InputError: see `checkpoint_folder`.
+    """
+    if revision is None and not is_local(name) and patch.provenance.get("model") == str(name):
+        recorded = patch.provenance.get("revision")
+        revision = recorded if isinstance(recorded, str) else None
+    return checkpoint_folder(name, revision=revision)
 
 
 def _rewrite(
-    name: str | Path, patch: NeuronPatch, out: Path, *, overwrite: bool, fold: bool
+    source: Path, patch: NeuronPatch, out: Path, *, overwrite: bool, fold: bool
 ) -> FoldResult:
-    source = checkpoint_folder(name)
     files = check_checkpoint(source)
     with new_folder(out, kind=CHECKPOINT, overwrite=overwrite, sources=[source]) as temporary:
         keys = match_keys(files, patch)

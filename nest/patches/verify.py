@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from nest.errors import InputError
 from nest.models.chat import logits_of, run_model
 from nest.models.fingerprint import tensor_hash
-from nest.models.loading import check_checkpoint, checkpoint_folder, load_weights
+from nest.models.loading import check_checkpoint, load_weights
 from nest.models.modes import eval_mode
 from nest.models.sites import site_weight
 from nest.models.wrappers import named_buffers, named_parameters
-from nest.patches.checkpoint import changed_keys, match_keys, same_bits, shard_tensors
+from nest.patches.checkpoint import (
+    base_folder,
+    changed_keys,
+    match_keys,
+    same_bits,
+    shard_tensors,
+)
 from nest.patches.patch import NeuronPatch
 
 N_PROBES = 4
@@ -62,6 +68,7 @@ def verify(
     folded: str | Path | None = None,
     probes: Sequence[Sequence[int]] | None = None,
     device: str = "auto",
+    revision: str | None = None,
 ) -> Verification:
     """Prove that a patch changes its selected rows, and nothing else.
 
@@ -75,20 +82,26 @@ def verify(
         folded: Folder of the checkpoint that the patch was folded into.
         probes: Token ids to compare logits on; a few random sequences if None.
         device: Where models are loaded.
+        revision: Of a Hub name, as for `fold_checkpoint`.
 
     Raises:
         PatchError: the model is not the one the patch was made for.
         InputError: a folder is no checkpoint, or `folded` was given with a model in memory.
     """
     if folded is None:
-        loaded = model if isinstance(model, nn.Module) else _loaded(model, device)
+        loaded = (
+            model
+            if isinstance(model, nn.Module)
+            else _loaded(base_folder(model, patch, revision), device)
+        )
         return _verify_in_memory(loaded, patch, probes)
     if isinstance(model, nn.Module):
         raise InputError(
             "a folded checkpoint is compared with the checkpoint it was folded from; give that "
             "checkpoint's folder in place of the model in memory"
         )
-    return _verify_checkpoints(checkpoint_folder(model), patch, Path(folded), probes, device)
+    source = base_folder(model, patch, revision)
+    return _verify_checkpoints(source, patch, Path(folded), probes, device)
 
 
 def _verify_in_memory(

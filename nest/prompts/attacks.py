@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 from nest.errors import InputError
 from nest.prompts.prompt_set import NAMED_SET_PREFIX
 from nest.prompts.table import read_table, shortened
+from nest.prompts.text import check_unicode
 
 PLACEHOLDER = "{prompt}"
 
@@ -286,6 +287,7 @@ def load_templates(path: str | Path) -> tuple[TemplateAttack, ...]:
             raise InputError(
                 f'{where} is {shortened(dict(row))}; expected {{"name": ..., "template": ...}}'
             )
+        check_unicode(name + template, "name or template", where)
         if name in attacks:
             raise InputError(f"{where}: the attack name {name!r} is taken already; choose another")
         attacks[name] = TemplateAttack(name, template)

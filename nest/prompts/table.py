@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nest.errors import InputError
+from nest.prompts.text import decoded, lines_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
@@ -50,37 +51,24 @@ def read_table(path: Path) -> Table:
     if suffix == ".parquet":
         rows = _parquet_rows(path, raw)
     else:
-        rows = _TEXT_READERS[suffix](path, _decoded(path, raw))
+        rows = _TEXT_READERS[suffix](path, decoded(path, raw))
     if not rows:
         raise InputError(f"{path} has no rows; expected at least one prompt")
     columns = dict.fromkeys(column for _, row in rows for column in row)
     return Table(tuple(columns), tuple(rows))
 
 
-def _decoded(path: Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as "
-            "UTF-8"
-        ) from None
-
-
 def _txt_rows(path: Path, text: str) -> list[Row]:
-    lines = text.replace("\r\n", "\n").split("\n")
     return [
         (f"{path}, line {number}", {"prompt": line.strip()})
-        for number, line in enumerate(lines, start=1)
+        for number, line in enumerate(lines_of(text), start=1)
         if line.strip()
     ]
 
 
 def _jsonl_rows(path: Path, text: str) -> list[Row]:
-    # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             rows.append((where, _as_row(_parsed(line, where), where)))
@@ -113,19 +101,28 @@ def _as_row(item: Any, where: str) -> Mapping[str, Any]:
 
 
 def _csv_rows(path: Path, text: str) -> list[Row]:
+    # Answers may be long: csv's own bound is 128 KiB a field, kept for all of the process.
+    bound = csv.field_size_limit(len(text) + 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
         for number, row in enumerate(reader, start=1):
             if None in row:
-                raise InputError(
-                    f"{path}, row {number} has more fields than the {len(reader.fieldnames or ())} "
-                    "columns of the header; put fields that hold commas in double quotes"
-                )
+                raise InputError(_too_many_fields(path, number, reader.fieldnames or ()))
             rows.append((f"{path}, row {number}", row))
     except csv.Error as error:
         raise InputError(f"{path} is not valid CSV near line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(bound)
     return rows
+
+
+def _too_many_fields(path: Path, number: int, header: Sequence[str]) -> str:
+    said = f"{path}, row {number} has more fields than the {len(header)} columns of the header"
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if any(separator in column for column in header):
+            return f"{said}, which is written with {name}; save the file with commas between its fields"
+    return f"{said}; put fields that hold commas in double quotes"
 
 
 def _parquet_rows(path: Path, raw: bytes) -> list[Row]:

@@ -76,6 +76,7 @@ def select_neurons(
             f"pairs need as many unsafe as safe prompts, but there are {len(unsafe.prompts)} "
             f"and {len(safe.prompts)}"
         )
+    _check_sides(unsafe, safe, warn)
     sites = _in_layers(sites, config.layers)
     activations = capture(
         model,
@@ -91,6 +92,7 @@ def select_neurons(
     labels = np.arange(n_unsafe + len(safe.prompts)) < n_unsafe
     groups = np.concatenate([np.arange(n_unsafe), np.arange(len(safe.prompts))]) if paired else None
     scored = _score(activations, labels, groups, config, progress)
+    _check_chance(scored, n_unsafe, len(safe.prompts), warn)
     _report_skipped(scored, config, warn)
     parts, silhouettes = _cluster(model, activations, scored, config)
     accuracies = [entry.accuracy for entry in scored if entry.accuracy is not None]
@@ -148,6 +150,49 @@ def reclustered(
         )
     provenance = {**selection.provenance, "reclustered": n_clusters or "auto"}
     return replace(selection, sites=tuple(parts), provenance=provenance)
+
+
+def _check_sides(unsafe: PromptSet, safe: PromptSet, warn: Callable[[str], None] | None) -> None:
+    """Prompts that are on both sides say nothing of what tells the sides apart.
+
+    Raises:
+        InputError: most of one side's are.
+    """
+    both = len(set(unsafe.prompts) & set(safe.prompts))
+    if both > min(len(unsafe.prompts), len(safe.prompts)) / 2:
+        raise InputError(
+            f"{both} prompts are both in {unsafe.name} (unsafe) and in {safe.name} (safe): what tells the "
+            "two apart cannot be learned from them; give different prompts"
+        )
+    if both and warn:
+        warn(f"{both} prompts are both in {unsafe.name} (unsafe) and in {safe.name} (safe)")
+
+
+def _check_chance(
+    scored: Sequence[_Scored], n_unsafe: int, n_safe: int, warn: Callable[[str], None] | None
+) -> None:
+    """Neurons of a probe that tells nothing apart are noise.
+
+    Raises:
+        InputError: at no site is a probe better than always saying the larger kind.
+    """
+    accuracies = [entry.accuracy for entry in scored if entry.accuracy is not None]
+    if not accuracies:
+        return
+    chance = max(n_unsafe, n_safe) / (n_unsafe + n_safe)
+    best, mean = max(accuracies), float(np.mean(accuracies))
+    if best <= chance:
+        raise InputError(
+            f"no probe tells unsafe from safe prompts: the best is right on {100 * best:.0f} % of prompts "
+            f"it did not see, and always saying the larger kind on {100 * chance:.0f} %; give more "
+            "prompts, or prompts that differ"
+        )
+    if warn and mean <= chance:
+        warn(
+            f"the probes are right on {100 * mean:.0f} % of prompts they did not see, no more than by "
+            f"always saying the larger kind ({100 * chance:.0f} %): the neurons are hardly better than "
+            "noise"
+        )
 
 
 def _in_layers(

@@ -11,14 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nest.artifacts.storage import read_manifest, read_tensors, write_artifact
+from nest.artifacts.storage import check_sealed, read_manifest, read_tensors, write_artifact
 from nest.errors import SelectionError
 from nest.models.fingerprint import ModelFingerprint, fingerprint
 from nest.models.layouts import find_sites
 from nest.models.sites import NeuronSite, site_weight
 from nest.selection.config import UpdateForm, in_range, range_text
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
+TENSORS = "selection.safetensors"
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class NeuronSelection:
             Path(folder),
             kind="selection",
             manifest=self.manifest(),
-            tensors={"selection.safetensors": self.tensors()},
+            tensors={TENSORS: self.tensors()},
             overwrite=overwrite,
         )
 
@@ -256,8 +257,10 @@ class NeuronSelection:
         """
         manifest = read_manifest(Path(folder), kind="selection")
         expected = tensor_shapes(manifest)
-        tensors = read_tensors(Path(folder) / "selection.safetensors", expected, kind="selection")
-        return NeuronSelection.from_manifest(manifest, tensors)
+        tensors = read_tensors(Path(folder) / TENSORS, expected, kind="selection")
+        selection = NeuronSelection.from_manifest(manifest, tensors)
+        check_sealed(folder, manifest, TENSORS, kind="selection")
+        return selection
 
     @staticmethod
     def from_manifest(

@@ -35,7 +35,9 @@ class Finished:
         assert self.code == 1, (self.code, self.out, self.err)
         assert not self.out
         lines = [
-            line for line in self.err.splitlines() if not line.startswith(("warning: ", "memory: "))
+            line
+            for line in self.err.splitlines()
+            if not line.startswith(("warning: ", "memory: ", "responses: "))
         ]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("error: ")

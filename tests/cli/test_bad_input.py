@@ -104,7 +104,7 @@ def test_a_prompt_longer_than_the_context(world: World, nest: Nest, work: Path) 
     long = " ".join(["slowly"] * 60)
     file = write(
         work / "long.jsonl",
-        [{"prompt": "how", "response": "no"}] * 6 + [{"prompt": long, "response": "no"}],
+        [{"prompt": p, "response": "i cannot help with that"} for p in (*["how"] * 6, long)],
     )
     for arguments in (
         selecting(world, work, unsafe=file),

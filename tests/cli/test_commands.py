@@ -240,7 +240,9 @@ def test_tuning_in_branch_mode_on_some_layers_with_less_memory(
     options = ("--mode", "branch", "--layers", "1:", "--checkpointing", "--no-cache-prefix")
     done = nest(*arguments, *options, "--micro-batch-size", 3, "--json")
     assert done.json["memory_estimate_bytes"] > 0
-    assert done.err.startswith("memory: weights ") and "3 dialogues at a time" in done.err
+    refusals, memory = done.err.splitlines()
+    assert refusals.startswith("responses: 24 of 24 to harmful prompts are refusals, 0 of 24")
+    assert memory.startswith("memory: weights ") and "3 dialogues at a time" in memory
     patch = NeuronPatch.load(tmp_path / "patch")
     assert {part.site.layer for part in patch.selection.sites} == {1}
     config = patch.provenance["tuning"]["config"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_patches import make_patch
 from torch import nn
 
+from nest.artifacts.storage import seal_of
 from nest.errors import MissingInputError, OutputExistsError, PatchError
 from nest.patches.patch import NeuronPatch
 
@@ -104,7 +105,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     ("no base", _manifest(lambda m: m.pop("base")), "entry 'base'"),
     ("base", _manifest(lambda m: m.update(base=3)), "entry 'base'"),
     ("hash", _manifest(lambda m: m["folded"].update(x="y")), "folded.x"),
-    ("hashes", _manifest(lambda m: m["folded"].update(x="0" * 64)), "carries hashes"),
+    ("hashes", _manifest(lambda m: m["folded"].update(x="0" * 64)), "not as it was written"),
     ("update", _manifest(lambda m: m.update(update="other")), "unknown update 'other'"),
     ("site", _manifest(lambda m: m["selection"]["sites"][0].update(module=5)), "module"),
     ("sites", _manifest(lambda m: m["selection"].update(sites=[])), "lacks|unexpected"),
@@ -135,4 +136,32 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
 
 def test_a_newer_minor_version_is_read(folder: Path) -> None:
     _manifest(lambda m: m.update(format_version="1.7", news="x"))(folder)
+    _manifest(lambda m: m.update(sha256=seal_of(m)))(folder)
     NeuronPatch.load(folder)
+
+
+def test_a_patch_of_before_there_were_seals_is_read(folder: Path) -> None:
+    _manifest(lambda m: (m.update(format_version="1.1"), m.pop("sha256"), m.pop("files")))(folder)
+    NeuronPatch.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            _manifest(lambda m: m["provenance"].update(model="other")),
+            "manifest.json is not as it was",
+        ),
+        (_manifest(lambda m: m.pop("sha256")), "manifest.json is not as it was"),
+        (_manifest(lambda m: m.pop("files")), "manifest.json is not as it was"),
+        (_tensors(lambda t: t["0.revert"][3:4].bitwise_not_()), "patch.safetensors is damaged"),
+        (_tensors(lambda t: t["0.scores"].mul_(2)), "patch.safetensors is damaged"),
+    ],
+    ids=["edited", "no seal", "no hashes", "revert bits", "scores"],
+)
+def test_a_change_that_makes_sense_is_told_by_its_hash(
+    folder: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    damage(folder)
+    with pytest.raises(PatchError, match=said):
+        NeuronPatch.load(folder)

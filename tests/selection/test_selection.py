@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SAFE, UNSAFE, D, F, build, choose, same_bits, word_tokenizer
 
 import nest
+from nest.artifacts.storage import SEAL, seal_of
 from nest.errors import MissingInputError, NestError, OutputExistsError, SelectionError
 from nest.models.layouts import find_sites
 from nest.selection.selection import NeuronSelection
@@ -175,6 +176,8 @@ def fuzz(folder: Path) -> None:
                 del parent[path[-1]]
             else:
                 parent[path[-1]] = garbage
+            if path != (SEAL,):  # whoever changes it knows how to seal it
+                manifest[SEAL] = seal_of(manifest)
             file.write_text(json.dumps(manifest))
             try:
                 found = NeuronSelection.load(folder)
@@ -215,7 +218,8 @@ def test_versions_and_kinds(folder: Path) -> None:
         file.write_text(json.dumps({**manifest, **changed}))
         with pytest.raises(SelectionError, match=said):
             NeuronSelection.load(folder)
-    file.write_text(json.dumps({**manifest, "format_version": "1.9"}))
+    newer = {**manifest, "format_version": "1.9", "news": 1}
+    file.write_text(json.dumps({**newer, "sha256": seal_of(newer)}))
     assert NeuronSelection.load(folder).n_neurons == 4 * len(find_sites(build()))
 
 

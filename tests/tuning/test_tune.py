@@ -233,7 +233,10 @@ def test_bad_input_has_its_sentence() -> None:
         ({"harmful": HARMFUL[:1]}, "there are 1 harmful dialogues"),
         ({"benign": ["no response"]}, "without responses"),
         ({"benign": [("a prompt", " ")]}, "response is empty"),
-        ({"harmful": [("how " * 60, "no")] * 4}, r"comes to \d+ tokens.*context is 48"),
+        (
+            {"harmful": [("how " * 60, "cannot help with that")] * 4},
+            r"comes to \d+ tokens.*context is 48",
+        ),
         ({"selection": None}, "tune needs a selection"),
         ({"learning_rat": 1.0}, r"no such setting: learning_rat; there are update"),
         ({"epochs": -1.0, "warmup": 1.0}, r"epochs is -1.*; warmup is 1"),
