@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from nest.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from nest.evaluation.judges import Judge
@@ -79,6 +80,18 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+
+
+def stored_dtype(name: str | Path, *, revision: str | None = None) -> torch.dtype | None:
+    """The dtype that a checkpoint's weights are stored in; None where they are quantised.
+
+    Raises:
+        InputError: no checkpoint there.
+    """
+    from nest.models.loading import checkpoint_folder
+    from nest.models.loading import stored_dtype as stored
+
+    return stored(checkpoint_folder(resolve_model(name), revision=revision))
 
 
 def resolve_model(name: str | Path) -> str | Path:

@@ -6,19 +6,24 @@ import functools
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
+from nest.cli import signals
+from nest.cli.progress import ProgressCallback, ProgressLines, progress_bars
+from nest.cli.streams import is_terminal, keep_result, say, silence_stdout
 from nest.errors import InputError, MissingInputError, NestError
 from nest.prompts.text import read_text
 
+if TYPE_CHECKING:
+    from torch import nn
+
 EXIT_GATE_FAILED = 3
-EXIT_INTERRUPTED = 130
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -163,97 +168,116 @@ class Session:
     """
 
     as_json: bool
-    progress: Callable[[str, int, int], None] | None
+    progress: ProgressCallback
     quiet: bool = False
-    _printed: list[str] = field(default_factory=list)
 
     def result(self, values: Mapping[str, Any], *renderables: Any) -> None:
-        """Print the result: JSON if asked for, else tables."""
+        """Print the result: JSON if asked for, else tables; what users named is printed as it is.
+
+        Raises:
+            NestError: stdout does not take it; it is then in a file.
+        """
+        try:
+            self._print(values, renderables)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise  # `| head` has seen enough
+        except OSError as fault:
+            silence_stdout()
+            kept = keep_result(values)
+            where = "and no file could be written either" if kept is None else f"it is in {kept}"
+            raise NestError(
+                f"the result could not be printed ({fault.strerror or fault}); {where}"
+            ) from fault
+
+    def _print(self, values: Mapping[str, Any], renderables: Sequence[Any]) -> None:
         if self.as_json:
             typer.echo(json.dumps(values, allow_nan=False, default=str))
             return
         from rich.console import Console
 
-        console = Console()
+        console = Console(markup=False, emoji=False, highlight=False)
         for renderable in renderables:
-            console.print(renderable)
+            # A path is not broken into lines where there is no terminal, and never where it is one.
+            console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def note(self, text: str) -> None:
         """One line on stderr, unless --quiet."""
         if not self.quiet:
-            typer.echo(text, err=True)
+            say(text)
 
     def warn(self, text: str) -> None:
         """One line on stderr."""
-        typer.echo(f"warning: {text}", err=True)
+        say(f"warning: {text}")
 
 
 @contextmanager
 def session(as_json: bool, quiet: bool) -> Iterator[Session]:
-    """Progress bars on stderr for the time of the block, where stderr is a terminal."""
+    """A run's session: bars on stderr where it is a terminal, else a line now and then.
+
+    With every step of progress a stop that got lost is raised again.
+    """
     import warnings
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.showwarning = _show_warning
-        if quiet or not sys.stderr.isatty():
-            yield Session(as_json, None, quiet)
-            return
-        with _progress_bars() as update:
-            yield Session(as_json, update)
+        show: ProgressCallback | None = None
+        if not quiet:
+            terminal = is_terminal(sys.stderr)
+            show = stack.enter_context(progress_bars()) if terminal else ProgressLines()
 
+        def progress(stage: str, done: int, total: int) -> None:
+            signals.check()
+            if show is not None:
+                show(stage, done, total)
 
-@contextmanager
-def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks or bars.tasks[tasks[stage]].completed > done:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
-            speed = bars.tasks[tasks[stage]].speed
-            bars.update(
-                tasks[stage],
-                completed=done,
-                total=total,
-                rate="" if speed is None else f"{speed:.1f}/s",
-            )
-
-        yield update
+        yield Session(as_json, progress, quiet)
+        signals.check()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+    say(f"warning: {message}")
+
+
+def warn_if_not_foldable(
+    run: Session, model: str, network: nn.Module, dtype: str, revision: str | None
+) -> None:
+    """Say before the work that a patch made in this dtype does not fit the checkpoint's own."""
+    from nest import api
+
+    if dtype == "auto":
+        return
+    stored, loaded = api.stored_dtype(model, revision=revision), next(network.parameters()).dtype
+    if stored not in (None, loaded):
+        run.warn(
+            f"the checkpoint's weights are {str(stored).removeprefix('torch.')}, and --dtype asks for "
+            f"{dtype}: a patch is exact in one dtype only, and this one will not fold into the checkpoint. "
+            "Leave out --dtype for one that does"
+        )
 
 
 def reporting_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """A known error becomes one line on stderr and exit code 1; Ctrl-C exit code 130."""
+    """A known error becomes one line on stderr and exit code 1; a signal one of its own."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except NestError as fault:
-            typer.echo(f"error: {' '.join(str(fault).split())}", err=True)
+        except KeyboardInterrupt as stop:
+            _say_stopped(stop)
+            raise typer.Exit(signals.exit_code()) from None
+        except Exception as fault:
+            if signals.received() is not None:  # an import that was hit by it says something else
+                _say_stopped(fault)
+                raise typer.Exit(signals.exit_code()) from None
+            if not isinstance(fault, NestError):
+                raise
+            say(f"error: {' '.join(str(fault).split())}")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted; nothing half-written was left", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
 
     return wrapped
+
+
+def _say_stopped(stop: BaseException) -> None:
+    notes = getattr(stop, "__notes__", ())
+    say("; ".join(("interrupted", *(notes or ("nothing half-written was left",)))))

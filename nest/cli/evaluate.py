@@ -25,6 +25,7 @@ from nest.cli.common import (
     parse_batch_size,
     session,
 )
+from nest.cli.streams import say
 
 HELP = "Measure attack success by attack, over-refusal, and usefulness."
 EXAMPLE = (
@@ -131,5 +132,5 @@ def command(
     )
     if failures:
         for said in failures:
-            typer.echo(said, err=True)
+            say(said)
         raise typer.Exit(EXIT_GATE_FAILED)

@@ -19,6 +19,8 @@ from nest.cli import (
     verify,
 )
 from nest.cli.common import reporting_errors
+from nest.cli.signals import exit_code, received, stopping_on_signals
+from nest.cli.streams import make_usable
 
 app = typer.Typer(
     name="nest",
@@ -69,4 +71,12 @@ def run() -> None:
     # Progress is ours to show; the libraries' own bars would mix with results and warnings.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app()
+    make_usable()
+    with stopping_on_signals():
+        try:
+            app()
+        except SystemExit:
+            if received() is None:
+                raise
+            # also where click or an import made something else of it
+            raise SystemExit(exit_code()) from None

@@ -26,6 +26,7 @@ from nest.cli.common import (
     parse_batch_size,
     parse_layers,
     session,
+    warn_if_not_foldable,
 )
 
 HELP = "Find the neurons that tell unsafe prompts from safe ones, and group them."
@@ -98,6 +99,7 @@ def command(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+        warn_if_not_foldable(run, model, network, dtype, revision)
         selection = api.select(
             network,
             tokenizer,

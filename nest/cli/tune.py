@@ -28,6 +28,7 @@ from nest.cli.common import (
     parse_batch_size,
     parse_layers,
     session,
+    warn_if_not_foldable,
 )
 from nest.errors import ActivationError, InputError, TuningStoppedError
 from nest.tuning.config import TuningConfig
@@ -178,6 +179,7 @@ def command(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+        warn_if_not_foldable(run, model, network, dtype, revision)
         try:
             result = api.tune_result(
                 network,

@@ -18,6 +18,7 @@ from nest.cli.common import (
     RevisionOption,
     session,
 )
+from nest.cli.streams import say
 
 HELP = "Prove what a patch changes in a checkpoint, and that it changes nothing else."
 EXAMPLE = "Example: nest verify --model organism --patch patch --folded folded"
@@ -48,11 +49,10 @@ def command(
         table.add_row(key.replace("_", " "), str(value))
     run.result(values, table)
     if not found.ok:
-        typer.echo(
+        say(
             "error: the patch has no effect: the logits are the same with it and without it"
             if not found.has_effect
             else "error: this is not what the patch recorded: the checkpoint was folded with another "
-            "patch, or one of both is damaged; fold it again",
-            err=True,
+            "patch, or one of both is damaged; fold it again"
         )
         raise typer.Exit(1)

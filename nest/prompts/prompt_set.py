@@ -117,7 +117,9 @@ def text_columns(spec: str | Path) -> dict[str, list[str]]:
     """Every column of a file that holds a text in each row: what else its responses could be."""
     path, _, _, _ = _resolve(spec)
     table = read_table(path)
-    found = {column: [row.get(column) for _, row in table.rows] for column in table.columns}
+    found: dict[str, list[Any]] = {
+        column: [row.get(column) for _, row in table.rows] for column in table.columns
+    }
     return {
         column: texts
         for column, texts in found.items()
