@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nest.artifacts.unfinished import Unfinished
     from nest.evaluation.judges import Judge
     from nest.evaluation.report import EvalReport
     from nest.models.chat import Encoder
@@ -116,6 +117,7 @@ def select(
     progress: ProgressCallback | None = None,
     warn: Callable[[str], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    work: str | Path | Unfinished | None = None,
     **settings: Any,
 ) -> NeuronSelection:
     """Find the neurons that tell unsafe prompts from safe ones, and group them.
@@ -135,6 +137,8 @@ def select(
         progress: Called with stage, steps done, steps in all.
         warn: Told about sites without neurons; by default a Python warning.
         provenance: Added to the selection's.
+        work: Folder that keeps what is done so far: should the process end, the same call with the same
+            folder goes on from there. It is gone when the call returns.
         **settings: Fields of `SelectionConfig`: z_threshold, pool, scorer, cluster_scope,
             max_clusters, n_probe_seeds, seed, ...
 
@@ -146,6 +150,7 @@ def select(
     """
     import warnings
 
+    from nest.artifacts.unfinished import as_work
     from nest.models.chat import encoder_for
     from nest.models.layouts import find_sites
     from nest.models.wrappers import uncompiled
@@ -155,18 +160,21 @@ def select(
     config = _config(SelectionConfig, settings)
     model = uncompiled(model)
     unsafe_set, safe_set = _both_kinds(unsafe, safe, pairs)
-    selection = select_neurons(
-        model,
-        encoder_for(model, tokenizer, encode, system),
-        unsafe=unsafe_set,
-        safe=safe_set,
-        sites=find_sites(model, layout),
-        config=config,
-        paired=pairs is not None,
-        batch_size=_batch_size(batch_size, CAPTURE_BATCH_SIZE),
-        progress=progress,
-        warn=warn or (lambda text: warnings.warn(text, stacklevel=3)),
-    )
+    warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
+    with as_work(work, warn) as kept:
+        selection = select_neurons(
+            model,
+            encoder_for(model, tokenizer, encode, system),
+            unsafe=unsafe_set,
+            safe=safe_set,
+            sites=find_sites(model, layout),
+            config=config,
+            paired=pairs is not None,
+            batch_size=_batch_size(batch_size, CAPTURE_BATCH_SIZE),
+            progress=progress,
+            warn=warn,
+            work=kept,
+        )
     origin = {**origin_of(model, tokenizer), **(provenance or {})}
     return replace(selection, provenance={**origin, **selection.provenance, "system": system})
 
@@ -185,6 +193,8 @@ def tune(
     refusal_phrases: str | Path | None = None,
     progress: ProgressCallback | None = None,
     provenance: Mapping[str, Any] | None = None,
+    work: str | Path | Unfinished | None = None,
+    checkpoint_every: str = "60s",
     **settings: Any,
 ) -> NeuronPatch:
     """Train the selection's cluster update; the model carries it afterwards.
@@ -206,6 +216,9 @@ def tune(
         refusal_phrases: File with more phrases to know a refusal by, one a line.
         progress: Called with stage, steps done, steps in all.
         provenance: Added to the patch's.
+        work: Folder for a checkpoint: should the process end, the same call with the same folder goes on
+            from it, to the same patch. It is gone when the call returns.
+        checkpoint_every: How often one is written: a time (`60s`, `5m`), a number of steps, or `never`.
         **settings: Fields of `TuningConfig`: update, epochs, learning_rate, batch_size, kl_weight,
             seed, ...
 
@@ -232,6 +245,8 @@ def tune(
         refusal_phrases=refusal_phrases,
         progress=progress,
         provenance=provenance,
+        work=work,
+        checkpoint_every=checkpoint_every,
         **settings,
     )
     result.patch.fold_into(model)
@@ -254,6 +269,8 @@ def tune_result(
     notice: Callable[[str], None] | None = None,
     warn: Callable[[str], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    work: str | Path | Unfinished | None = None,
+    checkpoint_every: str = "60s",
     **settings: Any,
 ) -> TuningResult:
     """As `tune`, but the model is left as it was, and the loss curve and timings come along.
@@ -264,11 +281,13 @@ def tune_result(
     """
     import warnings
 
+    from nest.artifacts.unfinished import as_work
     from nest.evaluation.judges import phrase_judge
     from nest.evaluation.refusals import check_responses
     from nest.models.chat import encoder_for
     from nest.models.wrappers import uncompiled
     from nest.selection.select import reclustered
+    from nest.tuning.checkpoints import Every
     from nest.tuning.config import TuningConfig
     from nest.tuning.tune import tune_update
 
@@ -291,18 +310,21 @@ def tune_result(
             notice=notice,
             warn=warn,
         )
-    return tune_update(
-        model,
-        encoder_for(model, tokenizer, encode, system),
-        selection,
-        harmful=refusals,
-        benign=answers,
-        config=config,
-        provenance={**origin_of(model, tokenizer), **(provenance or {}), "system": system},
-        progress=progress,
-        notice=notice,
-        warn=warn,
-    )
+    with as_work(work, warn) as kept:
+        return tune_update(
+            model,
+            encoder_for(model, tokenizer, encode, system),
+            selection,
+            harmful=refusals,
+            benign=answers,
+            config=config,
+            provenance={**origin_of(model, tokenizer), **(provenance or {}), "system": system},
+            progress=progress,
+            notice=notice,
+            warn=warn,
+            work=kept,
+            checkpoint_every=Every.parse(checkpoint_every),
+        )
 
 
 def evaluate(

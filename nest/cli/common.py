@@ -119,6 +119,12 @@ PatchOption = Annotated[Path, typer.Option("--patch", help="Folder that `nest tu
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace --out once the new one is complete.")
 ]
+RestartOption = Annotated[
+    bool,
+    typer.Option(
+        "--restart", help="Begin anew where an interrupted run left unfinished work beside --out."
+    ),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

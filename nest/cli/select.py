@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ from nest.cli.common import (
     OutOption,
     OverwriteOption,
     QuietOption,
+    RestartOption,
     RevisionOption,
     SeedOption,
     SystemOption,
@@ -79,18 +81,20 @@ def command(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     from nest import api
     from nest.artifacts.storage import check_output
+    from nest.artifacts.unfinished import Unfinished, beside
 
     started = time.monotonic()
     check_output(out, kind="selection", overwrite=overwrite)
     size = parse_batch_size(batch_size)
     wanted_layers = parse_layers(layers)
-    with session(json, quiet) as run:
+    with session(json, quiet) as run, ExitStack() as stack:
         network, tokenizer = api.load(
             model,
             dtype=dtype,
@@ -100,6 +104,7 @@ def command(
             trust_remote_code=trust_remote_code,
         )
         warn_if_not_foldable(run, model, network, dtype, revision)
+        work = stack.enter_context(Unfinished(beside(out), restart=restart, warn=run.warn))
         selection = api.select(
             network,
             tokenizer,
@@ -110,6 +115,7 @@ def command(
             batch_size=size,
             progress=run.progress,
             warn=run.warn,
+            work=work,
             z_threshold=z,
             side=side,
             pool=pool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from nest.cli.common import (
     OutOption,
     OverwriteOption,
     QuietOption,
+    RestartOption,
     RevisionOption,
     SeedOption,
     SystemOption,
@@ -133,15 +135,25 @@ def command(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    checkpoint_every: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint-every",
+            help="How often to keep a checkpoint beside --out: a time (60s, 5m), steps, or never.",
+        ),
+    ] = "60s",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     from nest import api
     from nest.artifacts.storage import check_output
+    from nest.artifacts.unfinished import Unfinished, beside
     from nest.reporting.tables import tuning_table
     from nest.selection.selection import NeuronSelection
+    from nest.tuning.checkpoints import Every
 
     started = time.monotonic()
     check_output(out, kind="patch", overwrite=overwrite)
@@ -167,10 +179,11 @@ def command(
         "validate_every": validate_every,
         "seed": seed,
     }
+    Every.parse(checkpoint_every)
     TuningConfig(**settings)  # what is wrong with them is said before a model is loaded
     anew = _parse_n_clusters(n_clusters)
     selection = NeuronSelection.load(clusters)
-    with session(json, quiet) as run:
+    with session(json, quiet) as run, ExitStack() as stack:
         network, tokenizer = api.load(
             model,
             dtype=dtype,
@@ -180,6 +193,7 @@ def command(
             trust_remote_code=trust_remote_code,
         )
         warn_if_not_foldable(run, model, network, dtype, revision)
+        work = stack.enter_context(Unfinished(beside(out), restart=restart, warn=run.warn))
         try:
             result = api.tune_result(
                 network,
@@ -194,6 +208,8 @@ def command(
                 progress=run.progress,
                 notice=run.note,
                 warn=run.warn,
+                work=work,
+                checkpoint_every=checkpoint_every,
                 **settings,
             )
         except TuningStoppedError as fault:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -284,6 +286,14 @@ def encoder_for(
     if tokenizer is None:
         raise InputError("give a tokenizer, or encode=... (a function from text to token ids)")
     return ChatEncoder(tokenizer, model, system=system, template_kwargs=template_kwargs)
+
+
+def rendered_hash(sequences: Iterable[Sequence[int]]) -> str:
+    """sha256 of prompts as the model gets them: template, system prompt, date and all."""
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(json.dumps(list(ids)).encode() + b"\n")
+    return digest.hexdigest()
 
 
 class Batch(NamedTuple):

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from nest.artifacts.unfinished import Unfinished
 from nest.errors import InputError, SelectionError
-from nest.models.chat import Encoder
-from nest.models.fingerprint import fingerprint
+from nest.models.chat import Encoder, rendered_hash
+from nest.models.fingerprint import fingerprint, weights_hash
 from nest.models.sites import NeuronSite
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.capture import Activations, ProgressCallback, capture
@@ -45,6 +46,7 @@ def select_neurons(
     batch_size: int = 32,
     progress: ProgressCallback | None = None,
     warn: Callable[[str], None] | None = None,
+    work: Unfinished | None = None,
 ) -> NeuronSelection:
     """Find the neurons that tell unsafe prompts from safe ones, and group them.
 
@@ -59,6 +61,7 @@ def select_neurons(
         batch_size: Prompts a forward pass.
         progress: Called with stage, steps done, steps in all.
         warn: Told about each site that has no neurons over the threshold.
+        work: Keeps activations and scores, so that a later run goes on from there.
 
     Returns:
         The selection, with its provenance.
@@ -78,20 +81,38 @@ def select_neurons(
         )
     _check_sides(unsafe, safe, warn)
     sites = _in_layers(sites, config.layers)
+    prompts = [*unsafe.prompts, *safe.prompts]
+    sequences = [encoder.prompt(prompt) for prompt in prompts]
+    rendered = rendered_hash(sequences)
+    if work is not None:
+        work.begin(
+            "selection",
+            {
+                "config": asdict(config),
+                "prompts": {"unsafe": unsafe.sha256, "safe": safe.sha256},
+                "rendered prompts": rendered,
+                "paired": paired,
+                "sites": [site.name for site in sites],
+                "batch_size": batch_size,
+                "model": weights_hash(model),
+            },
+        )
     activations = capture(
         model,
         encoder,
-        [*unsafe.prompts, *safe.prompts],
+        prompts,
         sites,
         pool=config.pool,
         batch_size=batch_size,
         memory_bound_bytes=config.memory_bound_bytes,
         progress=progress,
+        sequences=sequences,
+        work=work,
     )
     n_unsafe = len(unsafe.prompts)
     labels = np.arange(n_unsafe + len(safe.prompts)) < n_unsafe
     groups = np.concatenate([np.arange(n_unsafe), np.arange(len(safe.prompts))]) if paired else None
-    scored = _score(activations, labels, groups, config, progress)
+    scored = _score(activations, labels, groups, config, progress, work)
     _check_chance(scored, n_unsafe, len(safe.prompts), warn)
     _report_skipped(scored, config, warn)
     parts, silhouettes = _cluster(model, activations, scored, config)
@@ -104,6 +125,7 @@ def select_neurons(
             "config": asdict(config),
             "paired": paired,
             "prompts": {"unsafe": unsafe.to_manifest(), "safe": safe.to_manifest()},
+            "rendered_sha256": rendered,
             "probe_accuracy": _mean_and_min(accuracies),
             "probe_accuracy_by_site": {e.site.name: e.accuracy for e in scored},
             "silhouette": {"mean": float(np.mean(silhouettes)) if silhouettes else None},
@@ -215,12 +237,18 @@ def _score(
     groups: NDArray[np.int64] | None,
     config: SelectionConfig,
     progress: ProgressCallback | None,
+    work: Unfinished | None,
 ) -> list[_Scored]:
     scored = []
+    entries = () if work is None else work.journal.entries
+    known = {entry["scored"]: entry for entry in entries if "scored" in entry}
     seeds = [config.seed + i for i in range(config.n_probe_seeds)]
     for done, (site, pooled) in enumerate(zip(activations.sites, activations.pooled, strict=True)):
         accuracy = None
-        if config.scorer == "probe":
+        if site.name in known:
+            weights = np.array(known[site.name]["weights"], dtype=np.float64)
+            accuracy = known[site.name]["accuracy"]
+        elif config.scorer == "probe":
             probe = fit_probe(
                 pooled,
                 unsafe,
@@ -232,6 +260,10 @@ def _score(
             weights, accuracy = probe.weights, probe.held_out_accuracy
         else:
             weights = contrast(pooled, unsafe, groups)
+        if work is not None and site.name not in known:
+            work.journal.add(
+                {"scored": site.name, "accuracy": accuracy, "weights": weights.tolist()}
+            )
         z = z_scores(weights)
         chosen = (z > config.z_threshold) & (weights > 0)
         if config.side == "both":

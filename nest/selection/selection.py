@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -222,6 +224,16 @@ class NeuronSelection:
             if part.profiles is not None:
                 tensors[f"{i}.profiles"] = part.profiles.float()
         return tensors
+
+    def sha256(self) -> str:
+        """Hash of the neurons and clusters alone, and of where they are."""
+        digest = hashlib.sha256()
+        for part in self.sites:
+            where = [part.site.to_dict(), part.width, part.group, part.n_clusters]
+            digest.update(
+                json.dumps([*where, part.neurons.tolist(), part.clusters.tolist()]).encode()
+            )
+        return digest.hexdigest()
 
     def manifest(self) -> dict[str, Any]:
         """The plain part: sites, counts, base and provenance; the tensors are saved beside it."""

@@ -58,10 +58,6 @@ class MicroBatch:
         """The benign examples, in order."""
         return tuple(example for example in self.examples if example.benign)
 
-    def only_benign(self) -> MicroBatch:
-        """The benign examples alone."""
-        return MicroBatch.of(self.benign_rows, self.pad_id)
-
 
 def encode_dialogues(encoder: Encoder, dialogues: PromptSet, *, benign: bool) -> list[Example]:
     """Token ids of every dialogue of a set.

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 import torch
@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from nest.errors import ActivationError, InputError
 from nest.models.chat import Encoder
+from nest.tuning.checkpoints import (
+    Checkpoints,
+    TuningState,
+    load_optimizer,
+    optimizer_tensors,
+)
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, epochs_of_batches, to_micro_batches
 from nest.tuning.loss import BasePredictions, Targets, tuning_loss
@@ -57,6 +63,8 @@ class TrainingLoop:
         micro_batch_size: Dialogues a forward pass.
         progress: Called with stage, steps done, steps in all.
         warn: Told what deserves attention.
+        checkpoints: Where the state is kept now and then, and gone on from.
+        met: Told of dialogues that an earlier run has put through the model together.
 
     Attributes:
         history: The loss curve.
@@ -79,9 +87,14 @@ class TrainingLoop:
         micro_batch_size: int,
         progress: ProgressCallback | None = None,
         warn: Callable[[str], None] = warnings.warn,
+        checkpoints: Checkpoints | None = None,
+        met: Callable[[Sequence[Example]], None] | None = None,
     ) -> None:
         self.encoder, self.update, self.config, self.ask = encoder, update, config, ask
         self.n_steps, self.progress, self.warn = n_steps, progress, warn
+        self._checkpoints, self._met = checkpoints, met
+        # (first step, dialogues a forward pass): it shrinks when memory runs out
+        self._sizes = [(0, micro_batch_size)]
         self.micro_batch_size = micro_batch_size
         self.optimizer = optimizer
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -93,19 +106,28 @@ class TrainingLoop:
         self.n_tokens, self.seconds = 0, 0.0
 
     def run(self, train: Sequence[Example], validation: Sequence[Example]) -> None:
-        """All steps, from the base model on.
+        """All steps, from the base model or from a checkpoint on.
 
         Raises:
             ActivationError: the loss or a gradient is not finite. The update is then at the best step
                 before that.
+            InputError: a checkpoint that cannot be read.
         """
+        state = None if self._checkpoints is None else self._checkpoints.read()
         started = time.monotonic()
-        best = self.update.snapshot()
+        best = self.update.snapshot() if state is None else state.best
         try:
-            self._record(0, None, validation)
             batches = epochs_of_batches(train, self.config.batch_size, seed=self.config.seed)
             losses: list[float] = []
-            for step in range(1, self.n_steps + 1):
+            if state is None:
+                self._record(0, None, validation)
+            else:
+                losses = self._resume(state)
+                self._meet(0, validation)
+                for step in range(1, state.step + 1):
+                    self._meet(step, next(batches))
+                started -= self.seconds
+            for step in range(1 if state is None else state.step + 1, self.n_steps + 1):
                 try:
                     losses.append(self._step(next(batches), step))
                 except ActivationError:
@@ -118,11 +140,55 @@ class TrainingLoop:
                     if self._record(step, fmean(losses), validation):
                         best = self.update.snapshot()
                     losses = []
+                if self._checkpoints is not None and self._checkpoints.due(step):
+                    self.seconds = time.monotonic() - started
+                    self._checkpoints.write(self._state(step, best, losses))
                 if self.progress:
                     self.progress("tune", step, self.n_steps)
         finally:
             self.update.load_snapshot(best)
             self.seconds = time.monotonic() - started
+
+    def _state(self, step: int, best: list[Tensor], losses: Sequence[float]) -> TuningState:
+        numbers = {
+            "losses": list(losses),
+            "history": [asdict(record) for record in self.history],
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "n_tokens": self.n_tokens,
+            "seconds": self.seconds,
+            "sizes": self._sizes,
+            "bytes_a_token": self.base.bytes_a_token,
+        }
+        optimizer = optimizer_tensors(self.optimizer)
+        return TuningState(step, self.update.snapshot(), best, optimizer, numbers)
+
+    def _resume(self, state: TuningState) -> list[float]:
+        """Stand where a checkpoint was written; the losses since the last record come back."""
+        numbers = state.numbers
+        self.update.load_snapshot(state.parameters)
+        load_optimizer(self.optimizer, state.optimizer)
+        self.schedule.last_epoch = state.step
+        self.history = [StepRecord(**record) for record in numbers["history"]]
+        self.best_step, self.best_loss = numbers["best_step"], numbers["best_loss"]
+        self.n_tokens, self.seconds = numbers["n_tokens"], numbers["seconds"]
+        self._sizes = [(first, size) for first, size in numbers["sizes"]]
+        self.micro_batch_size = self._sizes[-1][1]
+        self.base.bytes_a_token = numbers["bytes_a_token"]
+        losses: list[float] = numbers["losses"]
+        return losses
+
+    def _meet(self, step: int, examples: Sequence[Example]) -> None:
+        """Take note of a step that an earlier run has done, in the order in which it was done."""
+        size = next(size for first, size in reversed(self._sizes) if first <= step)
+        micro_batches = to_micro_batches(examples, size, self.encoder.pad_id)
+        for micro_batch in micro_batches if self.config.kl_weight > 0 else ():
+            group = self.base.met(micro_batch)
+            if self._met is not None and group:
+                self._met(group)
+        for micro_batch in micro_batches if self._met is not None else ():
+            assert self._met is not None
+            self._met(micro_batch.examples)
 
     def _record(self, step: int, train_loss: float | None, validation: Sequence[Example]) -> bool:
         """Note a validation loss; true where it is the lowest so far."""
@@ -166,6 +232,7 @@ class TrainingLoop:
                     ) from fault
             # Out of the except clause, so that the failed pass and its tensors are gone.
             self.micro_batch_size = -(-self.micro_batch_size // 2)
+            self._sizes.append((self.schedule.last_epoch + 1, self.micro_batch_size))
             self.warn(
                 f"out of memory: going on with {self.micro_batch_size} dialogues a forward pass "
                 f"(--micro-batch-size {self.micro_batch_size} begins there)"

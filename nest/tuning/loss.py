@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from nest.errors import LayoutError
 from nest.models.chat import Batch, logits_of, run_model
+from nest.tuning.company import FirstCompany
 from nest.tuning.dialogues import Example, MicroBatch
 from nest.tuning.protocol import Trainable
 
@@ -120,6 +122,9 @@ class BasePredictions:
         ask: The forward pass.
         update: Taken out while the base is asked.
         bound_bytes: Most bytes kept.
+
+    Attributes:
+        bytes_a_token: Of what is kept, once something was computed.
     """
 
     def __init__(
@@ -131,30 +136,54 @@ class BasePredictions:
         self._forward, self._update = ask, update
         self._bound_bytes, self._kept_bytes = bound_bytes, 0
         self._kept: dict[Example, Tensor] = {}
+        self._earlier = FirstCompany()
+        self.bytes_a_token: int | None = None
 
     @torch.no_grad()
     def of(self, micro_batches: Sequence[MicroBatch]) -> list[Float[Tensor, "M V"]]:
         """For each micro-batch the log-probabilities at its benign rows' targets, row by row."""
-        missing = [mb for mb in micro_batches if any(e not in self._kept for e in mb.benign_rows)]
-        fresh: dict[Example, Tensor] = {}
-        if missing:
-            with self._update.removed():
-                for micro_batch in missing:
-                    fresh |= self._ask(micro_batch)
-        for example, values in fresh.items():
-            size = values.numel() * values.element_size()
-            if example not in self._kept and self._kept_bytes + size <= self._bound_bytes:
-                self._kept[example] = values
-                self._kept_bytes += size
-        return [
-            torch.cat([fresh[e] if e in fresh else self._kept[e] for e in mb.benign_rows])
-            if mb.benign_rows
-            else torch.empty(0, 0)
-            for mb in micro_batches
-        ]
+        wanted = [e for micro_batch in micro_batches for e in micro_batch.benign_rows]
+        complete = all(e in self._kept for e in wanted)
+        with nullcontext() if complete else self._update.removed():
+            return [self._of_one(micro_batch) for micro_batch in micro_batches]
 
-    def _ask(self, micro_batch: MicroBatch) -> dict[Example, Tensor]:
-        only_benign = micro_batch.only_benign()
-        logits, _, rows = self._forward(only_benign)
+    def met(self, micro_batch: MicroBatch) -> tuple[Example, ...]:
+        """Take note of a micro-batch that an earlier run has asked `of`; nothing is computed.
+
+        Returns:
+            The dialogues that the earlier run asked the base model about, together.
+        """
+        assert self.bytes_a_token is not None
+        rows = micro_batch.benign_rows
+        new = tuple(e for e in rows if e not in self._kept and e not in self._earlier)
+        if new:
+            sizes = {e: (len(e.ids) - e.n_prompt) * self.bytes_a_token for e in new}
+            self._earlier.add(new, [e for e, size in sizes.items() if self._has_room(size)])
+        return new
+
+    def _of_one(self, micro_batch: MicroBatch) -> Float[Tensor, "M V"]:
+        rows = micro_batch.benign_rows
+        if not rows:
+            return torch.empty(0, 0)
+        for group in self._earlier.due(rows):
+            again = self._ask(group, micro_batch.pad_id)
+            self._kept |= {example: again[example] for example in self._earlier.take(group)}
+        new = tuple(e for e in rows if e not in self._kept)
+        fresh = self._ask(new, micro_batch.pad_id) if new else {}
+        for example, values in fresh.items():
+            self.bytes_a_token = values.shape[-1] * values.element_size()
+            if self._has_room(values.numel() * values.element_size()):
+                self._kept[example] = values
+        return torch.cat([fresh[e] if e in fresh else self._kept[e] for e in rows])
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes more are kept; they then are."""
+        fits = self._kept_bytes + size <= self._bound_bytes
+        self._kept_bytes += fits * size
+        return fits
+
+    def _ask(self, examples: Sequence[Example], pad_id: int) -> dict[Example, Tensor]:
+        micro_batch = MicroBatch.of(examples, pad_id)
+        logits, _, rows = self._forward(micro_batch)
         log_probs = _wide(logits).log_softmax(-1)
-        return {example: log_probs[rows == i] for i, example in enumerate(only_benign.examples)}
+        return {example: log_probs[rows == i] for i, example in enumerate(micro_batch.examples)}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nest.models.blocks import Blocks, started_at
 from nest.models.chat import run_model
 from nest.models.partial import run_until
+from nest.tuning.company import FirstCompany
 from nest.tuning.dialogues import Example, MicroBatch
 from nest.tuning.memory import is_out_of_memory
 
@@ -112,7 +113,14 @@ class FrozenPrefix:
     ) -> None:
         self._model, self._blocks, self._device = model, blocks, device
         self._states = HiddenStates(bound_bytes, warn)
+        self._earlier = FirstCompany()
         self._as_tuple = False
+
+    def met(self, examples: Sequence[Example]) -> None:
+        """Take note of dialogues that an earlier run has put through together; nothing is computed."""
+        new = [e for e in examples if e not in self._states and e not in self._earlier]
+        if new:
+            self._earlier.add(new, new)
 
     @contextmanager
     def skipped(self, micro_batch: MicroBatch) -> Iterator[None]:
@@ -143,6 +151,10 @@ class FrozenPrefix:
 
     def _entering(self, micro_batch: MicroBatch) -> Float[Tensor, "B T D"]:
         """Hidden states that enter the lowest tuned block; zeros at padding."""
+        for group in self._earlier.due(micro_batch.examples):
+            again = self._computed(group, micro_batch.pad_id)
+            for example in self._earlier.take(group):
+                self._states.add(example, again[example])
         missing = [e for e in micro_batch.examples if e not in self._states]
         fresh = self._computed(missing, micro_batch.pad_id) if missing else {}
         for example, values in fresh.items():

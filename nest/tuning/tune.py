@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from nest.artifacts.unfinished import Unfinished
 from nest.errors import ActivationError, InputError, TuningStoppedError
 from nest.models.blocks import blocks_of, checkpointed
-from nest.models.chat import Encoder
+from nest.models.chat import Encoder, rendered_hash
+from nest.models.fingerprint import weights_hash
 from nest.models.modes import eval_mode
 from nest.patches.patch import NeuronPatch
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
+from nest.tuning.checkpoints import ONCE_A_MINUTE, Checkpoints, Every
 from nest.tuning.config import RELATIVE_RATE, TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, prepare
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
@@ -66,6 +69,8 @@ def tune_update(
     progress: ProgressCallback | None = None,
     notice: Callable[[str], None] | None = None,
     warn: Callable[[str], None] = warnings.warn,
+    work: Unfinished | None = None,
+    checkpoint_every: Every = ONCE_A_MINUTE,
 ) -> TuningResult:
     """Train a cluster update to refuse harmful prompts and to go on answering benign ones.
 
@@ -84,6 +89,9 @@ def tune_update(
         progress: Called with stage, steps done, steps in all.
         notice: Told the memory that will be needed, before the first step.
         warn: Told what deserves attention; by default a Python warning.
+        work: Keeps a checkpoint, from which the same call goes on; it ends with the same bytes as an
+            undisturbed run (on the CPU; a GPU's sums may differ in their last bits).
+        checkpoint_every: How often it is written.
 
     Raises:
         InputError: dialogues that cannot be trained on, no memory for a single one, or no step that
@@ -97,6 +105,20 @@ def tune_update(
     if config.layers is not None:
         selection = selection.in_layers(*config.layers)
     train, validation, n_steps = prepare(encoder, harmful, benign, config)
+    rendered = rendered_hash(example.ids for example in (*train, *validation))
+    if work is not None:
+        work.begin(
+            "patch",
+            {
+                "config": asdict(config),
+                "prompts": {"harmful": harmful.sha256, "benign": benign.sha256},
+                "rendered dialogues": rendered,
+                "selection": selection.sha256(),
+                "model": weights_hash(model),
+            },
+        )
+        if notice is not None and work.goes_on:
+            notice(f"going on with what is kept in {work.folder}")
     with (
         eval_mode(model),  # dropout would be noise on top of a frozen model
         trainable(
@@ -121,6 +143,8 @@ def tune_update(
             micro_batch_size=memory.micro_batch_size,
             progress=progress,
             warn=warn,
+            checkpoints=None if work is None else Checkpoints(work, checkpoint_every),
+            met=ask.met,
         )
 
         def result() -> TuningResult:
@@ -129,6 +153,7 @@ def tune_update(
                 "micro_batch_size": loop.micro_batch_size,
                 "prefix_cached": ask.prefix is not None,
                 "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
+                "rendered_sha256": rendered,
                 "steps": n_steps,
                 "best_step": loop.best_step,
                 "best_validation_loss": loop.best_loss,
@@ -193,6 +218,11 @@ class _Forward:
         """The same without checkpointing."""
         with nullcontext() if self.prefix is None else self.prefix.skipped(micro_batch):
             return target_logits(self.model, micro_batch.batch, self.device)
+
+    def met(self, examples: Sequence[Example]) -> None:
+        """Take note of dialogues that an earlier run has put through the model together."""
+        if self.prefix is not None:
+            self.prefix.met(examples)
 
     @property
     def n_blocks(self) -> int:

@@ -90,13 +90,6 @@ def test_micro_batches_hold_every_token_once(size: int) -> None:
             assert int((own & ~said)[row].sum()) == example.n_prompt
         benign = [example for example in found.examples if example.benign]
         assert list(found.benign_rows) == benign
-        if benign:
-            alone = found.only_benign()
-            assert list(alone.examples) == benign
-            assert [
-                tuple(ids[mask.bool()].tolist())
-                for ids, mask in zip(alone.batch.input_ids, alone.batch.attention_mask, strict=True)
-            ] == [example.ids for example in benign]
 
 
 def test_rows_that_would_learn_nothing_or_their_prompt_are_refused() -> None:
