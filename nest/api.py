@@ -342,6 +342,7 @@ def evaluate(
     system: str | None = None,
     batch_size: BatchSize = "auto",
     progress: ProgressCallback | None = None,
+    work: str | Path | Unfinished | None = None,
     **settings: Any,
 ) -> EvalReport:
     """Measure attack success, over-refusal and usefulness of a model as it is.
@@ -363,6 +364,7 @@ def evaluate(
         system: System prompt put before every prompt.
         batch_size: Prompts decoded together.
         progress: Called with stage, steps done, steps in all.
+        work: Folder that keeps answers and verdicts, as for `select`.
         **settings: Fields of `EvaluationConfig`: max_new_tokens, seed, bootstrap_resamples,
             benign_twin_prompts, engine.
 
@@ -370,6 +372,7 @@ def evaluate(
         InputError: prompts or settings that cannot be used.
         PatchError: the model does not carry the patch.
     """
+    from nest.artifacts.unfinished import as_work
     from nest.evaluation.config import EvaluationConfig
     from nest.evaluation.evaluate import evaluate as run
     from nest.evaluation.judges import make_judge
@@ -386,24 +389,26 @@ def evaluate(
     asked = {item.strip() if isinstance(item, str) else item.name for item in items}
     bare = bool({"none", "all"} & asked) or len(chosen) == 1
     counted = [attack.name for attack in chosen if bare or attack.name != "none"]
-    report = run(
-        model,
-        encoder_for(model, tokenizer, encode, system),
-        harmful=_as_set(harmful, "harmful"),
-        borderline=None if borderline is None else _as_set(borderline, "borderline"),
-        benign=None if benign is None else _as_set(benign, "benign", need_response=True),
-        attacks=chosen,
-        counted=counted,
-        judge=make_judge(judge, refusal_phrases) if isinstance(judge, str) else judge,
-        patch=patch,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=_batch_size(batch_size, GENERATION_BATCH_SIZE),
-        seed=config.seed,
-        bootstrap_resamples=config.bootstrap_resamples,
-        benign_twin_prompts=config.benign_twin_prompts,
-        engine=config.engine,
-        progress=progress,
-    )
+    with as_work(work) as kept:
+        report = run(
+            model,
+            encoder_for(model, tokenizer, encode, system),
+            harmful=_as_set(harmful, "harmful"),
+            borderline=None if borderline is None else _as_set(borderline, "borderline"),
+            benign=None if benign is None else _as_set(benign, "benign", need_response=True),
+            attacks=chosen,
+            counted=counted,
+            judge=make_judge(judge, refusal_phrases) if isinstance(judge, str) else judge,
+            patch=patch,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=_batch_size(batch_size, GENERATION_BATCH_SIZE),
+            seed=config.seed,
+            bootstrap_resamples=config.bootstrap_resamples,
+            benign_twin_prompts=config.benign_twin_prompts,
+            engine=config.engine,
+            progress=progress,
+            work=kept,
+        )
     origin = {**origin_of(model, tokenizer), "system": system, "with_patch": patch is not None}
     return replace(report, settings={**report.settings, "origin": origin, "config": asdict(config)})
 

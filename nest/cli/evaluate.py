@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from nest.cli.common import (
     ModelOption,
     OverwriteOption,
     QuietOption,
+    RestartOption,
     RevisionOption,
     SeedOption,
     SystemOption,
@@ -81,11 +83,13 @@ def command(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     from nest import api
+    from nest.artifacts.unfinished import Unfinished, beside
     from nest.evaluation.gates import Gate
     from nest.evaluation.report import check_report_output
     from nest.reporting.tables import eval_table
@@ -95,7 +99,7 @@ def command(
     if out is not None:
         check_report_output(out, overwrite=overwrite)
     loaded = None if patch is None else api.load_patch(patch)
-    with session(json, quiet) as run:
+    with session(json, quiet) as run, ExitStack() as stack:
         network, tokenizer = api.load(
             model,
             dtype=dtype,
@@ -106,6 +110,10 @@ def command(
         )
         if loaded is not None:
             loaded.fold_into(network)
+        work = None
+        if out is not None:
+            unfinished = Unfinished(beside(out), restart=restart, warn=run.warn)
+            work = stack.enter_context(unfinished)
         report = api.evaluate(
             network,
             tokenizer,
@@ -119,6 +127,7 @@ def command(
             system=system,
             batch_size=size,
             progress=run.progress,
+            work=work,
             max_new_tokens=max_new_tokens,
             engine=engine,
             seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from nest.artifacts.unfinished import Unfinished
 from nest.errors import InputError
 from nest.evaluation.config import Engine
 from nest.evaluation.divergence import Removable, kl_to_base
@@ -17,9 +20,13 @@ from nest.evaluation.generation import generate_tokens
 from nest.evaluation.judges import Judge, Verdict, exact_match
 from nest.evaluation.metrics import clustered_interval
 from nest.evaluation.report import EvalReport, Response
-from nest.models.chat import Encoder
+from nest.models.chat import Encoder, rendered_hash
+from nest.models.fingerprint import weights_hash
 from nest.prompts.attacks import NO_ATTACK, Attack, attacks_hash
 from nest.prompts.prompt_set import PromptSet
+
+JUDGED_AT_ONCE = 64
+"""Answers that go to the judge together where what is done is kept."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -53,6 +60,7 @@ def evaluate(
     counted: Sequence[str] = (),
     engine: Engine = "auto",
     progress: Progress | None = None,
+    work: Unfinished | None = None,
 ) -> EvalReport:
     """Answer every prompt greedily, judge the answers and count.
 
@@ -74,6 +82,7 @@ def evaluate(
             `EvaluationConfig`.
         counted: Names of the attacks that the mean is over; all of them if empty.
         progress: Called as `progress(stage, done, total)`, stages `generate` and `kl`.
+        work: Keeps answers and verdicts, so that a later run goes on from there.
 
     Raises:
         InputError: no attacks or one name twice, benign prompts without responses, an attack that
@@ -88,12 +97,27 @@ def evaluate(
         raise InputError(f"the attacks are {names}; expected at least one and each name once")
     requests = _requests(harmful, borderline, benign, attacks, benign_twin_prompts)
     encoded = [_encoded(encoder, request) for request in requests]
+    rendered = rendered_hash(encoded)
+    if work is not None:
+        work.begin(
+            "report",
+            {
+                "rendered prompts": rendered,
+                "judged prompts": _hash_of(requests),
+                "judge": judge.sha256,
+                "max_new_tokens": max_new_tokens,
+                "batch_size": batch_size,
+                "engine": engine,
+                "end": sorted(encoder.eos_ids),
+                "model": weights_hash(model),
+            },
+        )
     answers = generate_tokens(
-        model, encoder, encoded, max_new_tokens, batch_size, progress, engine=engine
+        model, encoder, encoded, max_new_tokens, batch_size, progress, engine=engine, work=work
     )
     generation_seconds = time.perf_counter() - started
     texts = [encoder.decode(answer) for answer in answers]
-    responses = _judged(requests, texts, judge)
+    responses = _judged(requests, texts, judge, work)
     kl = None
     if patch is not None and benign is not None:
         kl = kl_to_base(model, encoder, benign.dialogues(), patch, batch_size, progress)
@@ -103,6 +127,9 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "mean_response_tokens": _mean_harmful_tokens(requests, answers),
+        "rendered_sha256": rendered,
+    }
+    timing = {
         "generation": {
             "responses": len(answers),
             "tokens": n_tokens,
@@ -121,6 +148,7 @@ def evaluate(
         kl_to_base=kl,
         settings=settings,
         counted=tuple(counted),
+        timing=timing,
     )
 
 
@@ -168,14 +196,22 @@ def _encoded(encoder: Encoder, request: _Request) -> list[int]:
         ) from None
 
 
-def _judged(requests: Sequence[_Request], texts: Sequence[str], judge: Judge) -> list[Response]:
+def _judged(
+    requests: Sequence[_Request], texts: Sequence[str], judge: Judge, work: Unfinished | None
+) -> list[Response]:
     """Responses in the requests' order: harmful and borderline ones judged, the others compared."""
-    verdicts: dict[int, Verdict] = {}
+    verdicts = _kept_verdicts(work)
     for kind in ("harmful", "borderline"):
-        rows = [index for index, request in enumerate(requests) if request.kind == kind]
-        if rows:
-            chosen = [requests[index] for index in rows]
-            verdicts |= zip(rows, _verdicts(chosen, [texts[i] for i in rows], judge), strict=True)
+        rows = [i for i, request in enumerate(requests) if request.kind == kind]
+        rows = [index for index in rows if index not in verdicts]
+        size = JUDGED_AT_ONCE if work is not None else max(1, len(rows))
+        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+            chosen = [requests[index] for index in part]
+            found = _verdicts(chosen, [texts[i] for i in part], judge)
+            verdicts |= zip(part, found, strict=True)
+            if work is not None:
+                entry = {str(i): str(said) for i, said in zip(part, found, strict=True)}
+                work.journal.add({"verdicts": entry})
     return [
         Response(
             kind=request.kind,
@@ -187,6 +223,19 @@ def _judged(requests: Sequence[_Request], texts: Sequence[str], judge: Judge) ->
         )
         for index, (request, text) in enumerate(zip(requests, texts, strict=True))
     ]
+
+
+def _kept_verdicts(work: Unfinished | None) -> dict[int, Verdict]:
+    """The verdicts that an earlier run left, by the request's number."""
+    entries = () if work is None else work.journal.entries
+    found = (entry["verdicts"] for entry in entries if "verdicts" in entry)
+    return {int(i): Verdict(said) for verdicts in found for i, said in verdicts.items()}
+
+
+def _hash_of(requests: Sequence[_Request]) -> str:
+    """Of what the judge gets beside the answers."""
+    rows = [[r.kind, r.attack.name, r.prompt, r.reference] for r in requests]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _verdicts(requests: Sequence[_Request], texts: Sequence[str], judge: Judge) -> list[Verdict]:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from nest.artifacts.unfinished import Unfinished
 from nest.errors import InputError
 from nest.evaluation.batches import DecodingBatch, plan_batches
 from nest.evaluation.config import Engine
@@ -85,11 +86,13 @@ def generate_tokens(
     progress: Progress | None = None,
     *,
     engine: Engine = "auto",
+    work: Unfinished | None = None,
 ) -> list[list[int]]:
     """`generate` on token ids: the answers' tokens without the end-of-sequence token.
 
     Args:
         prompts: Token ids, each at least one; equal prompts are decoded once.
+        work: Keeps the answers of every batch, so that a later run decodes the others only.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(
@@ -114,13 +117,27 @@ def generate_tokens(
         if progress is not None:
             progress("generate", len(prompts) * done // len(unique), len(prompts))
 
-    answers: dict[tuple[int, ...], list[int]] = {}
+    answers = _kept_answers(work)
+    batches = [batch for batch in batches if not all(i in answers for i in batch.indices)]
+
+    def keep(found: dict[int, list[int]]) -> None:
+        answers.update(found)
+        if work is not None:
+            work.journal.add({"answers": {str(index): ids for index, ids in found.items()}})
+        report(len(answers))
+
     with eval_mode(model):
-        if unique and _takes_paged(model, engine):
+        if batches and _takes_paged(model, engine):
             allowances = {index: batch[2] for batch in batches for index in batch.indices}
-            allowed = [allowances[index] for index in range(len(unique))]
-            found = decode_paged(model, encoder, unique, allowed, batch_size, report)
-            answers = dict(zip(unique, found, strict=True))
+            left = [index for index in range(len(unique)) if index not in answers]
+            decode_paged(
+                model,
+                encoder,
+                [unique[index] for index in left],
+                [allowances[index] for index in left],
+                batch_size,
+                lambda number, ids: keep({left[number]: ids}),
+            )
             batches = []
 
         def decode(planned: DecodingBatch) -> list[list[int]]:
@@ -132,9 +149,16 @@ def generate_tokens(
             return _decode_recomputed(model, encoder, batch, planned.max_new_tokens)
 
         for planned, found in run_each(batches, decode, n_workers(model)):
-            answers |= {unique[i]: own for i, own in zip(planned.indices, found, strict=True)}
-            report(len(answers))
-    return [list(answers[tuple(prompt)]) for prompt in prompts]
+            keep(dict(zip(planned.indices, found, strict=True)))
+    numbers = {prompt: index for index, prompt in enumerate(unique)}
+    return [list(answers[numbers[tuple(prompt)]]) for prompt in prompts]
+
+
+def _kept_answers(work: Unfinished | None) -> dict[int, list[int]]:
+    """The answers that an earlier run left, by the prompt's number among all different ones."""
+    entries = () if work is None else work.journal.entries
+    found = (entry["answers"] for entry in entries if "answers" in entry)
+    return {int(index): ids for answers in found for index, ids in answers.items()}
 
 
 def _takes_paged(model: nn.Module, engine: Engine) -> bool:

@@ -57,9 +57,9 @@ def decode_paged(
     prompts: Sequence[Sequence[int]],
     allowances: Sequence[int],
     batch_size: int,
-    done: Callable[[int], None],
-) -> list[list[int]]:
-    """Greedy answers without their end-of-sequence tokens, in the prompts' order.
+    done: Callable[[int, list[int]], None],
+) -> None:
+    """Greedy answers without their end-of-sequence tokens, as they are done.
 
     Global random states and the model's attention are as before afterwards.
 
@@ -69,7 +69,7 @@ def decode_paged(
         prompts: Token ids, none twice.
         allowances: Most new tokens of each.
         batch_size: Most prompts decoded at once.
-        done: Called with the number of answers there are.
+        done: Called with the number of a prompt and its answer.
 
     Raises:
         InputError: transformers failed to decode.
@@ -89,7 +89,7 @@ def decode_paged(
     )
     eos = sorted(encoder.eos_ids) or [-1]
     greedy = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=encoder.pad_id)
-    answers: dict[str, list[int]] = {}
+    n_done = 0
     with (
         _random_state_kept(next(base.parameters()).device),
         base.continuous_batching_context_manager(
@@ -101,7 +101,7 @@ def decode_paged(
             manager.add_request(
                 list(prompts[index]), request_id=str(index), max_new_tokens=allowances[index]
             )
-        while len(answers) < len(prompts):
+        while n_done < len(prompts):
             result = manager.get_result(timeout=1)
             if result is None and manager.is_running():
                 continue
@@ -111,9 +111,8 @@ def decode_paged(
                     f"the paged engine of transformers failed ({said}); use the static engine"
                 )
             if result.is_finished():
-                answers[result.request_id] = _before(result.generated_tokens, encoder.eos_ids)
-                done(len(answers))
-    return [answers[str(index)] for index in range(len(prompts))]
+                n_done += 1
+                done(int(result.request_id), _before(result.generated_tokens, encoder.eos_ids))
 
 
 def _unwrapped(model: nn.Module) -> Any:

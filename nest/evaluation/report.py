@@ -51,8 +51,9 @@ class EvalReport:
         mean_ci95: Interval of the mean attack success rate, clustered by behaviour.
         kl_to_base: Mean over answer tokens of KL(base || model) on harmless dialogues, in nats;
             None where there is no patch to take out.
-        settings: Decoding, hashes, prompt sets, seed and seconds.
+        settings: Decoding, hashes, prompt sets and seed.
         counted: The attacks that were asked for: the mean is over these. Empty means all.
+        timing: Seconds and tokens a second.
     """
 
     judge: str
@@ -62,6 +63,7 @@ class EvalReport:
     kl_to_base: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     counted: tuple[str, ...] = ()
+    timing: Mapping[str, Any] = field(default_factory=dict)
 
     # --- attack success ---------------------------------------------------------------------------
 
@@ -166,12 +168,14 @@ class EvalReport:
             "mean_response_characters": self.mean_response_characters,
             "samples": [asdict(sample) for sample in self.samples()],
             **self.settings,
+            **self.timing,
         }
 
     def save(self, folder: str | Path, name: str = "eval", overwrite: bool = False) -> Path:
         """Write `<name>.json` (figures) and `<name>.responses.jsonl` (every answer) into a folder.
 
-        Each file is written under a temporary name and renamed, the figures last.
+        Both are the same for the same model, prompts and settings; how long it took is in
+        `<name>.timing.json`. Each file is written under a temporary name and renamed, the figures last.
 
         Returns:
             The path of the figures.
@@ -184,7 +188,8 @@ class EvalReport:
         figures, answers = folder / f"{name}.json", folder / f"{name}.responses.jsonl"
         check_report_output(folder, name, overwrite)
         lines = [json.dumps(asdict(response), ensure_ascii=False) for response in self.responses]
-        whole = self.to_json() | {
+        figured = {key: v for key, v in self.to_json().items() if key not in self.timing}
+        whole = figured | {
             "report": {
                 "attacks": self.attacks,
                 "counted": self.counted,
@@ -196,6 +201,7 @@ class EvalReport:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write(answers, "".join(line + "\n" for line in lines))
+            _write(folder / f"{name}.timing.json", json.dumps(self.timing, indent=2) + "\n")
             _write(figures, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise NestError(f"{folder} cannot be written to: {error.strerror}") from None
@@ -221,6 +227,7 @@ class EvalReport:
             rows = [json.loads(line) for line in lines if line]
             head = whole["report"]
             low, high = head["mean_ci95"]
+            timing = Path(folder) / f"{name}.timing.json"
             return cls(
                 judge=whole["judge"],
                 attacks=tuple(head["attacks"]),
@@ -229,6 +236,7 @@ class EvalReport:
                 kl_to_base=head["kl_to_base"],
                 settings=head["settings"],
                 counted=tuple(head["counted"]),
+                timing=json.loads(timing.read_bytes()) if timing.exists() else {},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{figures} is not a report of nest eval: {error}") from None

@@ -177,7 +177,13 @@ def test_saved_report_is_the_same_report(tmp_path):
     with pytest.raises(OutputExistsError, match="exists already"):
         report.save(tmp_path / "evidence", "after")
     report.save(tmp_path / "evidence", "after", overwrite=True)
-    assert len(list((tmp_path / "evidence").iterdir())) == 2
+    names = {file.name for file in (tmp_path / "evidence").iterdir()}
+    assert names == {"after.json", "after.responses.jsonl", "after.timing.json"}
+    again = run()  # how long it took is not in what is compared
+    again.save(tmp_path / "again", "after")
+    for name in ("after.json", "after.responses.jsonl"):
+        same = [(tmp_path / at / name).read_bytes() for at in ("evidence", "again")]
+        assert same[0] == same[1]
     path.write_text("{}")
     with pytest.raises(InputError, match="not a report"):
         EvalReport.load(tmp_path / "evidence", "after")
