@@ -252,6 +252,22 @@ class ClusterUpdate:
                     "trained; put the model on its device and into its dtype before nest.trainable"
                 )
 
+    def check_loaded(self) -> None:
+        """Bring the rows and the update together after a state dict was loaded into the model.
+
+        Raises:
+            SelectionError: it was another model's, or one with another selection's rows.
+        """
+        with self.removed(), self._unregistered():
+            try:
+                check_same_model(self.model, self.selection, self.mode)
+            except SelectionError as fault:
+                raise SelectionError(
+                    "the weights that were loaded are not those of this model and this selection, and "
+                    "the model is not what it was; load it anew, and go on only from a checkpoint "
+                    "that was saved with the same selection"
+                ) from fault
+
     def write(self) -> None:
         """Put cast(W0 + s U[c]) into the model's rows.
 
@@ -380,13 +396,19 @@ class ClusterUpdate:
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Register the packed parameters and one hook a site; `trainable` undoes both."""
         self._register()
+        # Hooks are functions and no methods: a deep copy of the model would copy the methods' update.
         function = ThroughRows if self.mode == "live" else AddBranch
         handles = [
             site.module.register_forward_hook(self._hook(site, function)) for site in self.sites
         ]
+
+        def after_loading(module: nn.Module, _keys: Any) -> None:
+            if module is self.model:  # and no deep copy
+                self.check_loaded()
+
+        handles.append(self.model.register_load_state_dict_post_hook(after_loading))
         if self.mode == "live":
-            # Functions and no methods: a deep copy of the model would copy the methods' update. Not
-            # compiled: what they compare is not known before.
+            # Not compiled: what they compare is not known before.
             def before_pass(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
                 self.catch_up()
 
