@@ -506,6 +506,10 @@ def trainable(
     Wrap the model in DDP inside the block, and compile it there. A checkpoint saved inside
     the block holds the live rows and `nest_update`; for one to publish, fold the patch.
 
+    What a trainer leaves on the model besides its weights is the trainer's own: with `bf16=True` its
+    forward pass stays under autocast until `accelerator.unwrap_model(model, keep_fp32_wrapper=False)`,
+    activation checkpointing stays on, and TRL's head stays. To evaluate, load the model anew or undo that.
+
     Args:
         model: Any module; in live mode its selected rows change while the block lasts.
         selection: Of this very model; in branch mode also of the model it is a quantised copy of.

@@ -29,7 +29,6 @@ from nest.tuning.update import ClusterUpdate, trainable
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 STEPS = 8
 
@@ -40,14 +39,6 @@ def ours(update: ClusterUpdate) -> torch.optim.Optimizer:
 
 def torchs(update: ClusterUpdate) -> torch.optim.Optimizer:
     return torch.optim.AdamW(update.parameters(), lr=RATE, weight_decay=0.0, fused=True)
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """Its settings are the process's: without this the next precision is refused."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def loader() -> torch.utils.data.DataLoader[Any]:

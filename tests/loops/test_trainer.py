@@ -166,6 +166,20 @@ def test_compiled_it_trains_the_same(tmp_path: Path) -> None:
     assert_close(done.packed, plain(grouped(trainer.seen, 1)))
 
 
+def test_autocast_is_the_trainers_to_take_off(tmp_path: Path) -> None:
+    """The weights are as they were; what the trainer put around them runs in bfloat16 until unwrapped."""
+    model = build()
+    expected = loss_of(model, tokens())
+    with watched(model) as (_, finish):
+        trainer = trainer_of(model, arguments(tmp_path, bf16=True, save_strategy="no"))
+        trainer.train()
+        finish(None)
+    assert not torch.equal(loss_of(model.eval(), tokens()), expected)
+    bare = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert bare is model
+    assert torch.equal(loss_of(model, tokens()), expected)
+
+
 def test_a_trainer_made_before_the_block_trains_the_update(tmp_path: Path) -> None:
     model = build()
     trainer = trainer_of(model, arguments(tmp_path, save_strategy="no"))
