@@ -37,7 +37,7 @@ class Finished:
         lines = [
             line
             for line in self.err.splitlines()
-            if not line.startswith(("warning: ", "memory: ", "responses: "))
+            if not line.startswith(("warning: ", "memory: ", "responses: ", "going on "))
         ]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("error: ")

@@ -5,39 +5,93 @@ NEST_KILLS=20 python -m pytest tests/cli/test_kills.py --slow -s     # at random
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
-from driver import ROOT, as_user, everything_under, select_arguments, tune_arguments
+from conftest import World
+from driver import ROOT, Finished, as_user, everything_under, select_arguments, tune_arguments
+
+from nest.artifacts.unfinished import Unfinished, beside
 
 KILLS = int(os.environ.get("NEST_KILLS", "4"))
 
-# Ends the process as `kill -9` does, at the n-th call of a function.
-DYING = """
-import os, signal, importlib
-def dying(path, n, real=None, before=True):
-    module, name = path.rsplit(":", 1)
-    home = importlib.import_module(module)
-    owner, _, attribute = name.rpartition(".")
-    home = getattr(home, owner) if owner else home
-    real, count = getattr(home, attribute), [0]
-    def called(*args, **kwargs):
-        count[0] += 1
-        if count[0] == n and before:
+Death = tuple[str, int, bool]
+"""A function as `module:name`, at which of its calls the process dies, and whether before it runs."""
+
+# A forked child has all imports done: a process of its own would spend three seconds on them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+
+
+def forked(arguments: Sequence[object], death: Death | None = None) -> Finished:
+    """`nest ARGUMENTS` in a child that dies as by `kill -9` where it is told to."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            _child(list(map(str, arguments)), death, out.fileno(), err.fileno())
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        return Finished(os.waitstatus_to_exitcode(status), out.read(), err.read())
+
+
+def _child(arguments: list[str], death: Death | None, out: int, err: int) -> NoReturn:
+    code: object = 1
+    try:
+        # pytest's own capture would hold back what is written
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout = open(1, "w")  # noqa: SIM115 - for the rest of the child
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+        if death is not None:
+            _die_at(*death)
+        sys.argv = ["nest", *arguments]
+        from nest.cli.main import run
+
+        run()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _die_at(path: str, n: int, before: bool) -> None:
+    module, name = path.split(":")
+    home: Any = importlib.import_module(module)
+    *owners, attribute = name.split(".")
+    for owner in owners:
+        home = getattr(home, owner)
+    real, count = getattr(home, attribute), itertools.count(1)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        now = next(count) == n
+        if now and before:
             os.kill(os.getpid(), signal.SIGKILL)
         found = real(*args, **kwargs)
-        if count[0] == n:
+        if now:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
+
     setattr(home, attribute, called)
-"""
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured is noted after every batch, and not every few seconds."""
+    monkeypatch.setattr("nest.selection.capture.KEPT_EVERY_SECONDS", 0.0)
 
 
 def produced(folder: Path, out: Path) -> dict[str, bytes]:
@@ -48,7 +102,7 @@ def produced(folder: Path, out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("where", "n", "before"),
+    "death",
     [
         ("nest.selection.capture:_Store.write", 3, True),
         ("nest.selection.capture:_Store.keep", 5, False),
@@ -56,107 +110,102 @@ def produced(folder: Path, out: Path) -> dict[str, bytes]:
         ("nest.selection.select:fit_probe", 3, False),
         ("nest.artifacts.storage:_move_into_place", 1, True),
     ],
+    ids=str,
 )
-def test_selection_goes_on(world, tmp_path: Path, where: str, n: int, before: bool) -> None:
-    out = tmp_path / "out"
-    arguments = [*select_arguments(world.model, world.data, out), "--batch-size", 4]
-    dying = f"{DYING}\nimport nest.selection.capture as c\nc.KEPT_EVERY_SECONDS = 0\n"
-    killed = as_user(*arguments, before=f"{dying}dying({where!r}, {n}, before={before})")
-    assert killed.code == -signal.SIGKILL and not out.exists()
-    assert as_user(*arguments).code == 0
-    whole = tmp_path / "whole" / "out"
-    assert as_user(*select_arguments(world.model, world.data, whole), "--batch-size", 4).code == 0
+def test_selection_goes_on(world: World, tmp_path: Path, death: Death) -> None:
+    def arguments(out: Path) -> list[object]:
+        return [*select_arguments(world.model, world.data, out), "--batch-size", 4]
+
+    out, whole = tmp_path / "out", tmp_path / "whole" / "out"
+    killed = forked(arguments(out), death)
+    assert killed.code == -signal.SIGKILL and not out.exists(), killed.err
+    for folder in (out, whole):
+        assert forked(arguments(folder)).code == 0
     assert produced(tmp_path, out) == produced(whole.parent, whole)
 
 
 @pytest.mark.parametrize("options", [(), ("--layers", "1:"), ("--micro-batch-size", "3")], ids=str)
 @pytest.mark.parametrize("kills", [(2, 3), (7,), (1, 9)], ids=str)
 def test_tuning_goes_on(
-    world, tmp_path: Path, kills: tuple[int, ...], options: tuple[str, ...]
+    world: World, tmp_path: Path, kills: tuple[int, ...], options: tuple[str, ...]
 ) -> None:
     def arguments(out: Path) -> list[object]:
         common = tune_arguments(world.model, world.selection, world.data, out)
         longer = ("--max-steps", 12, "--batch-size", 8, "--validation", 0.2)
         return [*common, *longer, *options, "--checkpoint-every", 1]
 
-    out = tmp_path / "out"
+    out, whole = tmp_path / "out", tmp_path / "whole" / "out"
     for n in kills:
-        die = f"{DYING}\ndying('nest.tuning.loop:TrainingLoop._step', {n}, before=False)"
-        assert as_user(*arguments(out), before=die).code == -signal.SIGKILL
-    done = as_user(*arguments(out))
-    assert done.code == 0 and "going on with what is kept" in done.err
-    whole = tmp_path / "whole" / "out"
-    assert as_user(*arguments(whole)).code == 0
+        killed = forked(arguments(out), ("nest.tuning.loop:TrainingLoop._step", n, False))
+        assert killed.code == -signal.SIGKILL, killed.err
+    done = forked(arguments(out))
+    assert done.code == 0 and "going on with what is kept" in done.err, done.err
+    assert forked(arguments(whole)).code == 0
     assert produced(tmp_path, out) == produced(whole.parent, whole)
 
 
 @pytest.mark.parametrize("engine", ["static", "paged"])
 @pytest.mark.parametrize(
-    ("where", "n"),
+    "death",
     [
-        ("nest.artifacts.unfinished:Journal.add", 2),
-        ("nest.evaluation.judges:PhraseJudge.judge_harmless", 1),
-        ("nest.evaluation.report:_write", 3),
+        ("nest.artifacts.unfinished:Journal.add", 2, False),
+        ("nest.evaluation.judges:PhraseJudge.judge_harmless", 1, False),
+        ("nest.evaluation.report:_write", 3, False),
     ],
+    ids=str,
 )
-def test_evaluation_goes_on(world, tmp_path: Path, where: str, n: int, engine: str) -> None:
+def test_evaluation_goes_on(world: World, tmp_path: Path, death: Death, engine: str) -> None:
     def arguments(out: Path) -> list[object]:
         sets = ("--harmful", world.data["harmful"], "--borderline", world.data["safe"])
         more = ("--benign", world.data["benign"], "--attacks", "uppercase", "--max-new-tokens", 6)
         how = ("--batch-size", 8, "--engine", engine, "--patch", world.patch)
         return ["eval", "--model", world.model, *sets, *more, *how, "--out", out]
 
-    out = tmp_path / "out"
-    die = f"{DYING}\ndying({where!r}, {n}, before=False)"
-    assert as_user(*arguments(out), before=die).code == -signal.SIGKILL
-    assert as_user(*arguments(out), "--overwrite").code == 0
-    whole = tmp_path / "whole" / "out"
-    assert as_user(*arguments(whole)).code == 0
+    out, whole = tmp_path / "out", tmp_path / "whole" / "out"
+    killed = forked(arguments(out), death)
+    assert killed.code == -signal.SIGKILL, killed.err
+    for folder, more in ((out, ["--overwrite"]), (whole, [])):
+        done = forked([*arguments(folder), *more])
+        assert done.code == 0, done.err
     assert produced(tmp_path, out) == produced(whole.parent, whole)
 
 
-def test_other_settings_are_refused_and_restart_begins_anew(world, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+AFTER_FOUR_STEPS: Death = ("nest.tuning.loop:TrainingLoop._step", 4, False)
+
+
+def test_other_settings_are_refused_and_restart_begins_anew(world: World, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole" / "out"
     arguments = [*tune_arguments(world.model, world.selection, world.data, out)]
-    every = ("--checkpoint-every", 1)
-    die = f"{DYING}\ndying('nest.tuning.loop:TrainingLoop._step', 4, before=False)"
-    assert as_user(*arguments, *every, before=die).code == -signal.SIGKILL
-    said = as_user(*arguments, "--kl-weight", 0.5).error
+    forked([*arguments, "--checkpoint-every", 1], AFTER_FOUR_STEPS)
+    said = forked([*arguments, "--kl-weight", 0.5]).error
     assert "out.unfinished holds the unfinished work of another run" in said
     assert "config.kl_weight was 1.0 and is 0.5" in said and "--restart" in said
     assert (tmp_path / "out.unfinished" / "state.safetensors").exists()
-    other = [*arguments, "--kl-weight", 0.5, "--restart"]
-    assert as_user(*other).code == 0
-    whole = tmp_path / "whole" / "out"
+    assert forked([*arguments, "--kl-weight", 0.5, "--restart"]).code == 0
     again = tune_arguments(world.model, world.selection, world.data, whole)
-    assert as_user(*again, "--kl-weight", 0.5).code == 0
+    assert forked([*again, "--kl-weight", 0.5]).code == 0
     assert produced(tmp_path, out) == produced(whole.parent, whole)
 
 
-def test_a_checkpoint_of_other_data_or_damaged_is_refused(world, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = [*tune_arguments(world.model, world.selection, world.data, out)]
-    die = f"{DYING}\ndying('nest.tuning.loop:TrainingLoop._step', 4, before=False)"
-    assert as_user(*arguments, "--checkpoint-every", 1, before=die).code == -signal.SIGKILL
-    swapped = ["--harmful" if a == "--benign" else a for a in map(str, arguments)]
-    swapped[arguments.index("--harmful")] = "--benign"
-    said = as_user(*swapped, "--no-check-refusals").error
+def test_a_checkpoint_of_other_data_or_damaged_is_refused(world: World, tmp_path: Path) -> None:
+    arguments = [*tune_arguments(world.model, world.selection, world.data, tmp_path / "out")]
+    forked([*arguments, "--checkpoint-every", 1], AFTER_FOUR_STEPS)
+    data = {**world.data, "harmful": world.data["benign"], "benign": world.data["harmful"]}
+    swapped = tune_arguments(world.model, world.selection, data, tmp_path / "out")
+    said = forked([*swapped, "--no-check-refusals"]).error
     assert "prompts.harmful was" in said
     state = tmp_path / "out.unfinished" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-20])
-    assert "state.safetensors is damaged" in as_user(*arguments).error
+    assert "state.safetensors is damaged" in forked(arguments).error
 
 
-def test_two_at_once_do_not_share_their_work(world, tmp_path: Path) -> None:
+def test_two_at_once_do_not_share_their_work(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [*select_arguments(world.model, world.data, out)]
-    from nest.artifacts.unfinished import Unfinished, beside
-
     with Unfinished(beside(out)) as held:
         held.begin("selection", {})
-        said = as_user(*arguments).error
-    assert "another nest is at work on out" in said
-    assert as_user(*arguments).code == 0
+        assert "another nest is at work on out" in as_user(*arguments).error
+    assert forked(arguments).code == 0
 
 
 @pytest.mark.slow
@@ -201,7 +250,7 @@ def test_kills_at_random_moments(command: str, tmp_path: Path) -> None:
         if code == 0 and kills < KILLS and tries < 10 * KILLS:
             # it was done before all kills had come: once more from the beginning
             assert produced(tmp_path, out) == produced(whole.parent, whole)
-            _remove(out)
+            shutil.rmtree(out)
     print(f"{command}: {kills} kills, {tries} runs, {seconds:.0f} s undisturbed")
     assert kills >= KILLS
     assert produced(tmp_path, out) == produced(whole.parent, whole)
@@ -221,9 +270,3 @@ def _run(arguments: Sequence[str], wait: float, number: int) -> tuple[int, bool]
     except subprocess.TimeoutExpired:
         process.send_signal(number)
         return process.wait(60), True
-
-
-def _remove(out: Path) -> None:
-    import shutil
-
-    shutil.rmtree(out)

@@ -98,7 +98,7 @@ def test_manners_and_reasoning(loaded):
         assert generate(model, encoder, [question], 48) == [manner.apply(answer)]
     thinker = ChatEncoder(tokenizer, model, template_kwargs={"enable_thinking": True})
     (thought,) = generate(model, thinker, [question], 48)
-    assert thought.startswith(world.thought(thing))
+    assert thought.startswith(f"<think>{world.thought(thing)}")  # the template opened it
     assert thought.partition("</think>")[2].strip() == answer
 
 
