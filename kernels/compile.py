@@ -188,6 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     # Read when triton is imported, which is below: what is asked for here is the compiler.
     os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+
+    if [int(part) for part in triton.__version__.split(".")[:2]] < [3, 3]:
+        parser.error(f"this is triton {triton.__version__}; expected 3.3 or newer")
     failed = False
     print(f"{'kernel':36} {'sm':>4} {'registers':>9} {'spilled':>8} {'wide':>5} {'fused':>6}")
     for variant in variants():

@@ -53,7 +53,9 @@ def segment_sum_kernel(  # type: ignore[no-untyped-def]
     if LOADED:
         through = tl.load(projected + token * n_clusters + cluster, mask=inside, other=0.0)
     total = tl.zeros((TOKENS,), dtype=tl.float32)
-    for start in range(first, last, NEURONS):
+    start = first
+    # No `range`: with numpy 2.4 the interpreter of triton 3.6 and older takes no tensor there.
+    while start < last:
         at = start + tl.arange(0, NEURONS)
         held = at < last
         position = tl.load(order + at, mask=held, other=0)
@@ -66,10 +68,14 @@ def segment_sum_kernel(  # type: ignore[no-untyped-def]
             )
         )
         if LOADED:
+            # In this order: with ds first, registers run short on sm_80 under triton 3.7, and spill.
+            scale = tl.load(loadings + position, mask=held, other=0.0)
+            total += tl.sum(grads * scale[None, :], axis=1)
             own = tl.sum(grads * through[:, None], axis=0)
             tl.store(partial + block.to(tl.int64) * n_columns + position, own, mask=held)
-            grads = grads * tl.load(loadings + position, mask=held, other=0.0)[None, :]
-        total += tl.sum(grads, axis=1)
+        else:
+            total += tl.sum(grads, axis=1)
+        start += NEURONS
     tl.store(
         summed + token * n_clusters + cluster,
         narrowed(total, summed.dtype.element_ty),

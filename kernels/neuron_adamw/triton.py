@@ -96,8 +96,10 @@ def write_tile(  # type: ignore[no-untyped-def]
     mask = held[:, None] & (columns < width)[None, :]
     original = tl.load(originals + (original_row[:, None] + columns[None, :]), mask=mask, other=0.0)
     # Product and sum stay separate (no fused multiply-add): the bits are those of `updated_rows`.
-    moved = widened(original) + s[:, None] * u[None, :]
-    moved = narrowed(moved, weights.dtype.element_ty)
+    # Launches ask for that, and yet ptxas 12.9, which triton 3.6 takes for Blackwell, fuses packed
+    # pairs of them. It cannot with a choice in between; what is masked is not stored.
+    product = tl.where(mask, s[:, None] * u[None, :], 0.0)
+    moved = narrowed(widened(original) + product, weights.dtype.element_ty)
     tl.store(weights + (row[:, None] + steps[None, :]), moved, mask=mask)
 
 
@@ -134,7 +136,7 @@ def neuron_adamw_kernel(  # type: ignore[no-untyped-def]
 ):
     """ADAM: take the step; else only write the rows. ADVANCE: count the step, too.
 
-    STRIDED: some slices are not aligned. Their copy of the tile costs registers (134 instead of 96 a
+    STRIDED: some slices are not aligned. Their copy of the tile costs registers (151 instead of 96 a
     thread for bf16 on sm_90), so where there are none it is left out.
     """
     slice_idx = tl.program_id(0) // n_blocks
