@@ -1,4 +1,4 @@
-# Each target sets up what it needs: a virtual environment of its own, CPU torch first.
+# Each target sets up what it needs: a virtual environment of its own, torch first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +6,18 @@ BIN := $(VENV)/bin
 # fetch a CUDA build and you want none: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench bench-gpu worlds tables format clean
+.PHONY: demo test test-versions check bench bench-gpu worlds tables format clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/nest demo --out nest-demo --overwrite
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+# The suite on every supported Python, torch and triton that can be had here, some 30 minutes. Some of
+# it: make test-versions ONLY="py3.13-pip triton3.6"
+test-versions: .venv-nox/nox.stamp
+	.venv-nox/bin/nox $(if $(ONLY),--session $(ONLY))
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -43,7 +48,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info nest-demo
+	rm -rf $(VENV) .venv-nox .nox build dist *.egg-info nest-demo
 
 $(VENV)/torch.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,4 +67,9 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp setup.py
 	$(PIP) -e ".[dev]"
 	# mypy does not follow setup.py's package_dir: it finds nest_kernels by this link.
 	mkdir -p $(VENV)/types && ln -sfn ../../kernels $(VENV)/types/nest_kernels
+	touch $@
+
+.venv-nox/nox.stamp: constraints.txt
+	$(PYTHON) -m venv .venv-nox
+	.venv-nox/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt nox
 	touch $@
