@@ -369,6 +369,7 @@ def test_an_interruption_leaves_nothing(
 def test_a_real_signal_leaves_nothing(world: World, work: Path) -> None:
     press = (
         "import os, signal, nest.selection.capture as stage\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` has it ignored
         "real = stage.run_model\n"
         "def pressed(*args, **kwargs):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
