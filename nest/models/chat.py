@@ -117,6 +117,7 @@ class ChatEncoder:
                 another turn.
         """
         _check_response(prompt, response)
+        _check_unicode("the prompt", prompt)
         _check_unicode("the response", response)
         for token in self._control:
             if token in response:

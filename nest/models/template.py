@@ -95,17 +95,16 @@ class ChatTemplate:
         return rest if closing in rest else f"{on_new_line * chr(10)}{closing}\n\n{rest}"
 
     def _check_system(self) -> None:
+        """What the template writes must depend on what the system prompt says."""
         if self._system is None:
             return
-        with_it, system = self._probe(answered=False), self._system
-        self._system = None
+        said, system = self._probe(answered=False), self._system
         try:
-            without = self._probe(answered=False)
-        except InputError:  # the template wants a system prompt
-            return
+            self._system = f"{system} {_ANSWERED}"
+            said_otherwise = self._probe(answered=False)
         finally:
             self._system = system
-        if with_it == without:
+        if said == said_otherwise:
             raise InputError(
                 "the chat template drops system prompts: what it writes is the same with and without; "
                 "leave out --system, and put what it says into the prompts"
