@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from nest.errors import InputError, MissingInputError
-from nest.models.loading import check_checkpoint, is_local, load_model
+from nest.models.loading import check_checkpoint, is_local, load_model, stored_dtype
 
 
 @pytest.fixture
@@ -106,3 +106,84 @@ def test_what_looks_like_a_path_is_local(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("./a/b", "/a", "a/b/c", "~/x", "model", "runs/typo", Path("a/b"), "../x"):
         assert is_local(name), name
     assert not is_local("Qwen/Qwen3-4B")
+
+
+# --- what transformers loads, and what is folded, are one checkpoint ----------------------------------
+
+
+def edit_config(folder: Path, **entries: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_auto_is_the_files_dtype_whatever_the_config_says(
+    folder: Path, stored: torch.dtype
+) -> None:
+    build("llama").to(stored).save_pretrained(folder)
+    edit_config(folder, dtype="float16")
+    model, _ = load_model(folder, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {stored}
+    assert stored_dtype(folder) == stored
+
+
+def test_two_sets_of_weights_are_refused(folder: Path) -> None:
+    single = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    build("llama").save_pretrained(folder, max_shard_size="20KB")
+    check_checkpoint(folder)
+    (folder / "model.safetensors").write_bytes(single)
+    with pytest.raises(InputError, match="two sets of weights"):
+        load_model(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    build("llama").save_pretrained(folder, max_shard_size="20KB")
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    tensors = load_file(second)
+    name = next(iter(tensors))
+    save_file({**load_file(first), name: tensors[name] + 1}, first, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} is in several shards"):
+        check_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("adapter_config.json", "{}", "holds an adapter"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        ("tokenizer.json", '{"version": "9", "model": {"type": "New"}}', "has no tokenizer"),
+        ("config.json", "[]", "holds a list; expected a JSON object"),
+    ],
+)
+def test_files_that_other_tools_wrote(folder: Path, file: str, content: str, said: str) -> None:
+    (folder / file).write_text(content)
+    with pytest.raises(InputError, match=said):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"hidden_size": "16"},
+        {"num_hidden_layers": None},
+        {"intermediate_size": [24]},
+        {"rope_parameters": 3},
+        {"vocab_size": -1},
+        {"model_type": 7},
+        {"transformers_weights": "other.safetensors"},
+    ],
+    ids=str,
+)
+def test_a_config_of_wrong_types_is_a_sentence(folder: Path, entries: dict[str, object]) -> None:
+    edit_config(folder, **entries)
+    with pytest.raises(InputError, match=r"could not be loaded|names its weights"):
+        load_model(folder, device="cpu")
+
+
+def test_what_plays_no_part_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="is a folder and has none"):
+        load_model(folder, revision="v1")
+    with pytest.raises(InputError, match="give one of them"):
+        load_model(folder, device="cpu", device_map="auto")
