@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,44 @@ def test_verify_sees_rows_and_tensors_that_should_not_have_changed(
     assert found.max_logit_difference > 0.0
     with pytest.raises(InputError, match="folder"):
         verify(build("gpt_neox"), patch, folded=folded)
+
+
+# --- a model on the Hub ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hub cache: `main` holds newer weights than the revision `v1` that is tuned."""
+    import huggingface_hub.constants as constants
+
+    root = tmp_path / "hub" / "models--acme--tiny"
+    for seed, commit, name in ((1, "a" * 40, "main"), (0, "b" * 40, "v1")):
+        build(seed=seed).save_pretrained(root / "snapshots" / commit)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / name).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_a_patch_goes_to_the_commit_it_was_made_on(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nest import api
+    from nest.models.loading import load_weights
+
+    model = load_weights("acme/tiny", revision="v1", device="cpu")
+    origin = api.origin_of(model)
+    assert (origin["model"], origin["revision"]) == ("acme/tiny", "b" * 40)
+    made = make_patch(build())
+    patch = replace(made, provenance=origin)
+    fold_checkpoint("acme/tiny", patch, tmp_path / "folded")
+    assert verify("acme/tiny", patch, folded=tmp_path / "folded", device="cpu").ok
+    assert verify("acme/tiny", patch, device="cpu").ok
+    fold_checkpoint("acme/tiny", made, tmp_path / "asked", revision="v1")
+    with pytest.raises(PatchError, match="another model"):
+        fold_checkpoint("acme/tiny", made, tmp_path / "latest")
+    with pytest.raises(PatchError, match="another model"):
+        fold_checkpoint("acme/tiny", patch, tmp_path / "latest", revision="main")
+    revert_checkpoint(tmp_path / "folded", patch, tmp_path / "reverted")

@@ -262,3 +262,34 @@ def test_the_largest_z_is_named_truly() -> None:
     largest, name = float(words[words.index("is") + 1]), words[words.index("at") + 1].rstrip(":")
     found = select(model, z_threshold=largest - 0.02)
     assert [part.site.name for part in found.sites] == [name]
+
+
+# --- prompts that do not tell the sides apart ---------------------------------------------------------
+
+
+def test_the_same_prompts_on_both_sides_are_refused() -> None:
+    model = build()
+    with pytest.raises(InputError, match="24 prompts are both in unsafe"):
+        nest.select(model, word_tokenizer(), unsafe=UNSAFE, safe=UNSAFE, z_threshold=1.0)
+    told: list[str] = []
+    safe = [*SAFE, UNSAFE[0]]
+    nest.select(
+        model, word_tokenizer(), unsafe=UNSAFE, safe=safe, z_threshold=1.0, warn=told.append
+    )
+    assert any("1 prompts are both" in said for said in told)
+
+
+def test_probes_that_are_no_better_than_chance_are_refused() -> None:
+    mixed = [prompt for pair in zip(UNSAFE, SAFE, strict=True) for prompt in pair]
+    # every prompt under either label, a filler apart: nothing tells the labels from one another
+    unsafe, safe = mixed, [f"{prompt} now" for prompt in mixed]
+    told: list[str] = []
+    model = build()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+    with pytest.raises((InputError, SelectionError)) as refused:
+        nest.select(
+            model, word_tokenizer(), unsafe=unsafe, safe=safe, z_threshold=1.0, warn=told.append
+        )
+    assert "no probe tells unsafe from safe" in str(refused.value)
