@@ -8,6 +8,7 @@ flags need to be neutralised and any `nn.Module` will do.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,6 +127,7 @@ def generate_tokens(
             work.journal.add({"answers": {str(index): ids for index, ids in found.items()}})
         report(len(answers))
 
+    ended = threading.Event()
     with eval_mode(model):
         if batches and _takes_paged(model, engine):
             allowances = {index: batch[2] for batch in batches for index in batch.indices}
@@ -144,11 +146,11 @@ def generate_tokens(
             batch = [unique[index] for index in planned.indices]
             if has_cache:
                 return _decode_cached(
-                    model, encoder, batch, planned.n_shared, planned.max_new_tokens
+                    model, encoder, batch, planned.n_shared, planned.max_new_tokens, ended
                 )
             return _decode_recomputed(model, encoder, batch, planned.max_new_tokens)
 
-        for planned, found in run_each(batches, decode, n_workers(model)):
+        for planned, found in run_each(batches, decode, n_workers(model), ended):
             keep(dict(zip(planned.indices, found, strict=True)))
     numbers = {prompt: index for index, prompt in enumerate(unique)}
     return [list(answers[numbers[tuple(prompt)]]) for prompt in prompts]
@@ -216,8 +218,12 @@ def _decode_cached(
     prompts: Sequence[Sequence[int]],
     n_shared: int,
     max_new_tokens: int,
+    ended: threading.Event,
 ) -> list[list[int]]:
-    """Greedy decoding with the model's key-value cache; the first `n_shared` tokens are run once."""
+    """Greedy decoding with the model's key-value cache; the first `n_shared` tokens are run once.
+
+    Stops when `ended` is set: a batch may take minutes, and an interrupted run must not wait for it.
+    """
     device = next(model.parameters()).device
     # the vocabulary's logits are wanted at the last position only: at 150 k tokens of vocabulary
     # they would be the largest tensor by far
@@ -239,7 +245,7 @@ def _decode_cached(
         output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
         tokens = output.logits[:, -1].argmax(-1)  # (B,)
         answers.add(tokens)
-        if bool(answers.ended.all()) or step + 1 == max_new_tokens:
+        if bool(answers.ended.all()) or step + 1 == max_new_tokens or ended.is_set():
             break
         if cache is None and _is_plain(output.past_key_values):
             _grow_in_place(output.past_key_values, len(tokens))

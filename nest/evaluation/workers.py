@@ -6,6 +6,7 @@ The matrices of a decoding step are too thin to be shared: the demo's evaluation
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
@@ -29,10 +30,16 @@ def n_workers(model: nn.Module) -> int:
     return torch.get_num_threads() if known and on_cpu and not hooked else 1
 
 
-def run_each(jobs: Sequence[J], run: Callable[[J], R], workers: int) -> Iterator[tuple[J, R]]:
+def run_each(
+    jobs: Sequence[J],
+    run: Callable[[J], R],
+    workers: int,
+    ended: threading.Event | None = None,
+) -> Iterator[tuple[J, R]]:
     """Each job with its result, as they are done; without gradients.
 
-    An error of a job, or an interruption, ends all: jobs that have not begun are dropped.
+    An error of a job, or an interruption, ends all: jobs that have not begun are dropped, and those that
+    have are told by `ended` that nobody waits for them any more.
     """
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
@@ -52,5 +59,7 @@ def run_each(jobs: Sequence[J], run: Callable[[J], R], workers: int) -> Iterator
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
+        if ended is not None:
+            ended.set()
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # the workers' one is also what new threads begin with

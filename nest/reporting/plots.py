@@ -25,6 +25,7 @@ MAX_MAPS = 16
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
+    "text.parse_math": False,  # names with dollars are names
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
     "axes.spines.right": False,

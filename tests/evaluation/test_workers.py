@@ -59,6 +59,17 @@ def test_an_error_ends_all(two_threads: None) -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_who_still_works_is_told_that_nobody_waits(two_threads: None) -> None:
+    ended = threading.Event()
+
+    def run(job: int) -> bool:
+        return job == 0 or ended.wait(20)
+
+    for _ in run_each(range(2), run, 2, ended):
+        break  # as an interruption would
+    assert ended.is_set()
+
+
 def test_who_gets_one_worker(two_threads: None) -> None:
     model = build()
     assert n_workers(nn.Linear(2, 2)) == 1

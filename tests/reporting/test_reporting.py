@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -163,3 +164,15 @@ def test_tables_have_a_row_an_attack_and_a_row_a_site():
     rows = printed(selection_table(selection))
     assert rows.count("gate_proj") == 4
     assert f"{selection.n_neurons:,}" in rows
+
+
+def test_dollars_in_names_are_no_formulas():
+    name = "$x^{$ [/INST]"
+    renamed = replace(
+        AFTER,
+        attacks=tuple(name if attack == "story" else attack for attack in AFTER.attacks),
+        responses=tuple(
+            replace(one, attack=name) if one.attack == "story" else one for one in AFTER.responses
+        ),
+    )
+    assert attack_success_svg(None, renamed)
