@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,18 @@ def new_folder(
     target = Path(folder).expanduser().resolve()
     check_output(target, kind=kind, overwrite=overwrite, sources=sources)
     made = [parent for parent in target.parents if not parent.exists()]
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        temporary.mkdir()
-        with held(temporary):
+        with ExitStack() as stack:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target)
+            while temporary is None:
+                temporary = _claimed(target, stack)
             yield temporary
             _move_into_place(temporary, target, overwrite=overwrite)
     except BaseException as fault:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:  # innermost first
             with suppress(OSError):
                 parent.rmdir()
@@ -135,6 +137,14 @@ def _locked(opened: int) -> bool:
     except OSError:  # a file system without locks: nobody can hold it
         return True
     return True
+
+
+def _claimed(target: Path, stack: ExitStack) -> Path | None:
+    """A new temporary folder, held; None where another process has swept it in between."""
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    ours = stack.enter_context(held(temporary))
+    return temporary if ours and temporary.is_dir() else None
 
 
 def _sweep(target: Path) -> None:

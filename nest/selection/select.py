@@ -92,7 +92,7 @@ def select_neurons(
                 "prompts": {"unsafe": unsafe.sha256, "safe": safe.sha256},
                 "rendered prompts": rendered,
                 "paired": paired,
-                "sites": [site.name for site in sites],
+                "sites": [site.to_dict() for site in sites],
                 "batch_size": batch_size,
                 "model": weights_hash(model),
             },

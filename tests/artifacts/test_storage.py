@@ -102,3 +102,34 @@ def test_an_output_may_not_touch_its_source(tmp_path: Path) -> None:
             new_folder(out, kind="x", overwrite=True, sources=[source]),
         ):
             pass
+
+
+# --- what killed processes leave ------------------------------------------------------------------
+
+
+def test_what_no_process_holds_is_removed_and_what_one_holds_is_not(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", kind="x", overwrite=True) as ours:
+        dead, other = tmp_path / ".out.0123abcd.tmp", tmp_path / ".outer.0123abcd.tmp"
+        for folder in (dead, other):
+            folder.mkdir()
+            (folder / "half").write_text("half")
+        with new_folder(tmp_path / "out", kind="x", overwrite=True) as theirs:
+            assert not dead.exists() and other.exists() and ours.exists() and theirs.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
+
+
+def test_a_folder_swept_before_it_is_held_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, swept = Path.mkdir, []
+
+    def mkdir(self: Path, *args: object, **kwargs: object) -> None:
+        real(self, *args, **kwargs)
+        if self.name.endswith(".tmp") and not swept:
+            swept.append(self)
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with new_folder(tmp_path / "out", kind="x") as folder:
+        (folder / "file").write_text("whole")
+    assert swept and (tmp_path / "out" / "file").read_text() == "whole"
