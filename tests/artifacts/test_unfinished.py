@@ -128,6 +128,7 @@ def test_a_disk_that_takes_no_more_ends_the_journal_alone(
             def close(self) -> None:
                 pass
 
+        journal.close()
         monkeypatch.setattr(journal, "_file", Full())
         journal.add({"done": 1})
         journal.add({"done": 2})
