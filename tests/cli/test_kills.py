@@ -91,7 +91,7 @@ def _die_at(path: str, n: int, before: bool) -> None:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is captured is noted after every batch, and not every few seconds."""
-    monkeypatch.setattr("nest.selection.capture.KEPT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("nest.selection.store.KEPT_EVERY_SECONDS", 0.0)
 
 
 def produced(folder: Path, out: Path) -> dict[str, bytes]:
@@ -104,8 +104,8 @@ def produced(folder: Path, out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "death",
     [
-        ("nest.selection.capture:_Store.write", 3, True),
-        ("nest.selection.capture:_Store.keep", 5, False),
+        ("nest.selection.store:ActivationStore.write", 3, True),
+        ("nest.selection.store:ActivationStore.keep", 5, False),
         ("nest.artifacts.unfinished:Journal.add", 5, True),
         ("nest.selection.select:fit_probe", 3, False),
         ("nest.artifacts.storage:_move_into_place", 1, True),
