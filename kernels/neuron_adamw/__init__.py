@@ -95,6 +95,11 @@ def write_updated_rows(
     kernel.write_updated_rows(plans, parameters)
 
 
+def takes_kernel(sites: Sequence[SiteRows], parameters: Float[Tensor, " P"]) -> bool:
+    """Whether `write_updated_rows` is launches of the kernel, and not the reference."""
+    return _plans(sites, (parameters,), "auto") is not None
+
+
 def _plans(
     sites: Sequence[SiteRows], packed: tuple[Tensor, ...], backend: Backend
 ) -> tuple[LaunchPlan, ...] | None:

@@ -110,7 +110,7 @@ def held(folder: Path) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _locked(opened)
+        yield _locked(opened) is not False  # where there are no locks nobody can be seen to hold it
     finally:
         os.close(opened)
 
@@ -127,15 +127,16 @@ def _opened(folder: Path) -> int | None:
         return None
 
 
-def _locked(opened: int) -> bool:
+def _locked(opened: int) -> bool | None:
+    """Whether the lock was had; None on a file system that has none."""
     import fcntl
 
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: nobody can hold it
-        return True
+    except OSError:
+        return None
     return True
 
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from nest.artifacts.provenance import package_versions
 from nest.artifacts.storage import held
-from nest.errors import (
-    ActivationError,
-    InputError,
-    LayoutError,
-    NestError,
-    PatchError,
-    SelectionError,
-)
+from nest.errors import InputError, NestError
 
 SUFFIX = ".unfinished"
 _RUN, _JOURNAL = "run.json", "journal.jsonl"
-# Where one of these ended a run, the same command would end so again: nothing is kept for it.
-_FINAL = (InputError, LayoutError, ActivationError, SelectionError, PatchError)
+# Names of what runs keep; other files in the folder are somebody's own and stay.
+_KEPT = r"(run\.json|journal\.jsonl|state\.safetensors|activations-\d+\.f32)(\.tmp)?"
 
 
 class Unfinished:
@@ -36,8 +29,8 @@ class Unfinished:
             work.begin("patch", {"epochs": 2, ...})     # refuses what another run left there
             ...                                         # work.journal, work.path(...)
 
-    It is gone after the block, unless the run was interrupted or failed at something that can be mended
-    (a full disk, say). A process that is killed leaves it, too.
+    It is gone after the block if that ends well, or if the run came to an end of its own that the same
+    call would come to again (`forget`). Interrupted, failed or killed, it leaves what it has done.
 
     Args:
         folder: Made when the work begins.
@@ -60,7 +53,7 @@ class Unfinished:
         self.goes_on = False
         self._restart, self._warn = restart, warn
         self._stack = ExitStack()
-        self._begun = self._has_done = False
+        self._begun = self._has_done = self._is_full = False
         self._journal: Journal | None = None
 
     def __enter__(self) -> Unfinished:
@@ -87,12 +80,14 @@ class Unfinished:
                     f"{self.folder}); wait for it, or choose another name for the output"
                 )
             file = self.folder / _RUN
-            if self._restart or not file.exists():
-                self._refuse_strangers()
-                _empty(self.folder)
+            earlier = _read_run(file) if file.exists() else None
+            if earlier is None or self._restart:
+                if earlier is None:
+                    self._refuse_strangers()
+                _remove(self.folder, _names_in(self.folder))
                 _write_whole(file, json.dumps(run, indent=1).encode())
             else:
-                self._compare(_read_run(file), run)
+                self._compare(earlier, run)
                 self.goes_on = self._has_done = True
             self._begun = True  # from here on what is in it is this run's
         except OSError as fault:
@@ -110,13 +105,25 @@ class Unfinished:
         return self._journal
 
     def path(self, name: str) -> Path:
-        """Where a file of the work stands."""
+        """Where a file of the work stands; it goes with it."""
         return self.folder / name
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file, whole or not at all."""
-        _write_whole(self.folder / name, content)
+        """Replace a file, whole or not at all. A disk that takes no more ends the keeping, not the work."""
+        if self._is_full:
+            return
+        try:
+            _write_whole(self.folder / name, content)
+        except OSError as fault:
+            self._is_full = True
+            (self.folder / f"{name}.tmp").unlink(missing_ok=True)
+            _tell_full(self._warn, fault)
+            return
         self._note_done()
+
+    def forget(self) -> None:
+        """The run has come to an end that the same call would come to again: nothing is kept for it."""
+        self._has_done = False
 
     def _note_done(self) -> None:
         """From now on there is something to go on from."""
@@ -140,9 +147,7 @@ class Unfinished:
 
     def _refuse_strangers(self) -> None:
         """Nothing is deleted that may be somebody's own."""
-        if not (self.folder / _RUN).exists() and any(
-            path.name != f"{_RUN}.tmp" for path in self.folder.iterdir()
-        ):
+        if any(not re.fullmatch(_KEPT, path.name) for path in self.folder.iterdir()):
             raise InputError(
                 f"{self.folder} is where unfinished work is kept, but what is in it is not of nest; "
                 "move it elsewhere"
@@ -154,14 +159,16 @@ class Unfinished:
         fault: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        finished = fault is None or isinstance(fault, _FINAL) or not self._has_done
+        finished = fault is None or not self._has_done
         if self._begun and fault is not None and not finished:
             fault.add_note(
                 f"what is done so far is kept in {self.folder}: the same command goes on from there"
             )
         with self._stack:
             if self._begun and finished:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                with suppress(OSError):  # what stays is found by the next run
+                    _remove(self.folder, _names_in(self.folder))
+                    self.folder.rmdir()
 
 
 class Journal:
@@ -208,11 +215,7 @@ class Journal:
             self._added()
         except OSError as fault:
             self.close()
-            if self._warn is not None:
-                self._warn(
-                    f"what is done can no longer be kept ({fault.strerror or fault}): if this run is "
-                    "interrupted, it begins anew from here"
-                )
+            _tell_full(self._warn, fault)
 
     def close(self) -> None:
         """Nothing is added any more."""
@@ -235,15 +238,28 @@ def as_work(
 
 def beside(out: Path) -> Path:
     """Where the unfinished work for an output is kept."""
-    return out.with_name(out.name + SUFFIX)
+    whole = out.expanduser().resolve()
+    return whole.with_name(whole.name + SUFFIX)
 
 
 def _read_run(file: Path) -> dict[str, Any]:
     try:
         run = json.loads(file.read_bytes())
-    except ValueError as fault:
-        raise InputError(f"{file} is damaged ({fault}); begin anew with --restart") from None
-    return run if isinstance(run, dict) else {}
+    except ValueError:
+        run = None
+    if not isinstance(run, dict) or "identity" not in run:
+        raise InputError(
+            f"{file} is damaged, or not of nest; move its folder elsewhere, or delete it yourself"
+        )
+    return run
+
+
+def _tell_full(warn: Callable[[str], None] | None, fault: OSError) -> None:
+    if warn is not None:
+        warn(
+            f"what is done can no longer be kept ({fault.strerror or fault}): if this run is interrupted, "
+            "it goes on from what was kept before"
+        )
 
 
 def _differences(name: str, then: Any, now: Any) -> list[str]:
@@ -278,12 +294,19 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _names_in(folder: Path) -> list[str]:
+    """Files that runs keep, in the order in which they may go: first what says that others are whole.
+
+    A kill in between leaves a run that begins anew, and never one that goes on from half of its files.
+    """
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    kept = [name for name in names if re.fullmatch(_KEPT, name)]
+    return sorted(kept, key=lambda name: (name == _RUN, not name.startswith("journal"), name))
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _write_whole(path: Path, content: bytes) -> None:

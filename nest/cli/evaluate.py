@@ -28,6 +28,7 @@ from nest.cli.common import (
     session,
 )
 from nest.cli.streams import say
+from nest.errors import InputError
 
 HELP = "Measure attack success by attack, over-refusal, and usefulness."
 EXAMPLE = (
@@ -96,6 +97,8 @@ def command(
 
     size = parse_batch_size(batch_size)
     gates = [Gate.parse(text) for text in gate or ()]
+    if restart and out is None:
+        raise InputError("--restart is for what is kept beside --out; give that, too")
     if out is not None:
         check_report_output(out, overwrite=overwrite)
     loaded = None if patch is None else api.load_patch(patch)

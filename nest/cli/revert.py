@@ -35,4 +35,5 @@ def command(
     run.result(
         result.to_json(),
         f"wrote {result.out}: {result.rows_changed:,} rows in {result.tensors_changed} tensors",
+        *(f"left out, since it may not be without the patch: {name}" for name in result.left_out),
     )

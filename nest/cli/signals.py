@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,8 +47,7 @@ def stopping_on_signals() -> Iterator[None]:
         yield
         return
     stopper = Stopper()
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number, handler in before.items():
@@ -61,7 +61,8 @@ def stopping_on_signals() -> Iterator[None]:
 
 def received() -> int | None:
     """The signal that asked this run to end, whatever became of the exception."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    handlers = [signal.getsignal(number) for number in numbers]
     stoppers = [handler for handler in handlers if isinstance(handler, Stopper)]
     return stoppers[0].received if stoppers else None
 

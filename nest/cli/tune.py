@@ -179,6 +179,10 @@ def command(
         "validate_every": validate_every,
         "seed": seed,
     }
+    if refusal_phrases is not None and not check_refusals:
+        raise InputError(
+            "--refusal-phrases plays no part with --no-check-refusals; give one of them"
+        )
     Every.parse(checkpoint_every)
     TuningConfig(**settings)  # what is wrong with them is said before a model is loaded
     anew = _parse_n_clusters(n_clusters)

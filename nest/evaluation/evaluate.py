@@ -98,13 +98,19 @@ def evaluate(
     requests = _requests(harmful, borderline, benign, attacks, benign_twin_prompts)
     encoded = [_encoded(encoder, request) for request in requests]
     rendered = rendered_hash(encoded)
+    if patch is not None and benign is not None:
+        for (
+            prompt,
+            answer,
+        ) in benign.dialogues():  # before the work, what cannot be a dialogue is said
+            encoder.dialogue(prompt, answer)
     if work is not None:
         work.begin(
             "report",
             {
                 "rendered prompts": rendered,
                 "judged prompts": _hash_of(requests),
-                "judge": judge.sha256,
+                "judge": [judge.name, judge.sha256],
                 "max_new_tokens": max_new_tokens,
                 "batch_size": batch_size,
                 "engine": engine,
@@ -134,7 +140,10 @@ def evaluate(
             "responses": len(answers),
             "tokens": n_tokens,
             "seconds": generation_seconds,
-            "tokens_per_second": n_tokens / generation_seconds,
+            # of answers that an earlier run has left, nobody knows how long they took
+            "tokens_per_second": None
+            if work is not None and work.goes_on
+            else n_tokens / generation_seconds,
         },
         "seconds": time.perf_counter() - started,
     }

@@ -162,7 +162,7 @@ class ReferenceJudge:
 
     @property
     def sha256(self) -> str:
-        return self.phrases.sha256
+        return hashlib.sha256(f"{self.name} {self.phrases.sha256}".encode()).hexdigest()
 
     def judge(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None

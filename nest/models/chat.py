@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nest.errors import InputError, LayoutError
-from nest.models.template import ChatTemplate
+from nest.models.template import ChatTemplate, special_tokens
 from nest.models.thoughts import TAGS
 from nest.models.wrappers import unwrapped
 
@@ -84,18 +84,12 @@ class ChatEncoder:
         self._n_vocabulary = n_embeddings(model)
         self.pad_id = _pad_id(tokenizer, self.eos_ids, self._n_vocabulary)
         self.max_tokens = _max_tokens(model)
-        texts = dict(
-            zip(
-                ids := sorted({*tokenizer.all_special_ids, *self.eos_ids}),
-                tokenizer.convert_ids_to_tokens(ids),
-                strict=True,
-            )
-        )
-        self._control = sorted(
-            (self._template.control | {str(texts[token]) for token in self.eos_ids}) - {""}
-        )
+        ends = tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))
+        self._control = sorted((self._template.control | set(map(str, ends))) - {""})
         tags = {tag for pair in TAGS for tag in pair}
-        self._hidden = frozenset(token for token, text in texts.items() if text not in tags)
+        self._hidden = frozenset(
+            token for token, text in special_tokens(tokenizer).items() if text not in tags
+        )
 
     def prompt(self, prompt: str) -> list[int]:
         """Token ids of the prompt in its template, with the generation prompt.

@@ -39,8 +39,9 @@ STALE_WEIGHTS = (
     "*.onnx",
     "consolidated*.safetensors",
     "consolidated*.pth",
+    "model.*.safetensors",
 )
-"""The same weights in other formats: neither fetched nor carried along."""
+"""The same weights in other formats or precisions: neither fetched nor carried along."""
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -178,7 +179,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     for file in sorted(set(check_checkpoint(folder).values())):
         for dtype, size in _sizes(file):
             counts[dtype] += size
-    ((most, _),) = counts.most_common(1)
+    most = max(counts, key=lambda dtype: counts[dtype], default="")
     return None if _config_of(folder).get("quantization_config") else _STORED.get(most)
 
 
@@ -285,8 +286,9 @@ def checkpoint_folder(name: str | Path, *, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
+            # Subfolders hold other formats, checkpoints of the training, demos; no model needs them.
             fetched = snapshot_download(
-                str(name), revision=revision, ignore_patterns=list(STALE_WEIGHTS)
+                str(name), revision=revision, ignore_patterns=["*/*", *STALE_WEIGHTS]
             )
             folder = Path(fetched)
         except (OSError, ValueError) as fault:

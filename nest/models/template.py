@@ -54,13 +54,20 @@ class ChatTemplate:
         self._check_system()
         self.opened = opened_at_end(self._probe(answered=False))
         whole = self._probe(answered=True)
+        if system is not None:  # what it says is no part of the template
+            whole = whole.replace(system, "")
         if _ANSWERED in whole:
             self._tail = whole.rpartition(_ANSWERED)[2]
-        specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-        specials -= {tag for tags in TAGS for tag in tags} | {""}
-        self.control = frozenset(token for token in specials if token in whole)
+        added = [token for token in tokenizer.get_added_vocab() if token.strip()]
+        # Not every added token: some vocabularies add line feeds and ordinary words.
+        tags = {tag for pair in TAGS for tag in pair}
+        self.control = frozenset(
+            token
+            for token in special_tokens(tokenizer).values()
+            if token in whole and token not in tags
+        )
         # the longest: one token's text may begin another's
-        ends = [token for token in specials if self._tail.lstrip().startswith(token)]
+        ends = [token for token in added if self._tail.lstrip().startswith(token)]
         self.turn_end = max(ends, key=len, default=None)
 
     def prompt(self, prompt: str) -> str:
@@ -139,6 +146,15 @@ class ChatTemplate:
                 f"the tokenizer's chat template refuses a prompt ({said}){hint}"
             ) from fault
         return str(text)
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Tokens that are not text: those with a role, and added ones that are marked as special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {int(number): str(token) for number, token in added.items() if token.special}
+    roles = tokenizer.all_special_ids
+    texts = tokenizer.convert_ids_to_tokens(roles)
+    return marked | {int(n): str(text) for n, text in zip(roles, texts, strict=True)}
 
 
 def _warn_of(template: Any) -> None:

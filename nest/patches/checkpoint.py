@@ -121,7 +121,7 @@ def _rewrite(
                 for parameter, key in touched.items():
                     changed = change(parameter, tensors.get_tensor(key))
                     _replace_bytes(copy, spans[key], changed)
-        left_out = _carry_along(source, temporary, skip={shard.name for shard in by_shard})
+        left_out = _carry_along(source, temporary, set(files.values()), set(by_shard))
     return FoldResult(str(out), len(keys), patch.n_rows, left_out)
 
 
@@ -217,14 +217,17 @@ def _replace_bytes(file: Path, span: tuple[int, int, str], tensor: Tensor) -> No
         opened.write(content)
 
 
-def _carry_along(source: Path, target: Path, *, skip: set[str]) -> tuple[str, ...]:
-    """Copy what else is in the source; returns what was left out."""
+def _carry_along(
+    source: Path, target: Path, weights: set[Path], written: set[Path]
+) -> tuple[str, ...]:
+    """Copy what else is in the source; returns what was left out: weights that are not the model's."""
     left_out: list[str] = []
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if any(part in SKIPPED_FOLDERS for part in relative.parts) or str(relative) in skip:
+        if any(part in SKIPPED_FOLDERS for part in relative.parts) or path in written:
             continue
-        if any(fnmatch(path.name, pattern) for pattern in STALE_WEIGHTS):
+        stale = any(fnmatch(path.name, pattern) for pattern in STALE_WEIGHTS)
+        if stale or (path.suffix == ".safetensors" and path not in weights):
             left_out.append(str(relative))
         elif path.is_file():
             (target / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nest.artifacts.unfinished import Unfinished
-from nest.errors import InputError, SelectionError
+from nest.errors import InputError, NestError, SelectionError
 from nest.models.chat import Encoder, rendered_hash
 from nest.models.fingerprint import fingerprint, weights_hash
 from nest.models.sites import NeuronSite
@@ -113,8 +113,13 @@ def select_neurons(
     labels = np.arange(n_unsafe + len(safe.prompts)) < n_unsafe
     groups = np.concatenate([np.arange(n_unsafe), np.arange(len(safe.prompts))]) if paired else None
     scored = _score(activations, labels, groups, config, progress, work)
-    _check_chance(scored, n_unsafe, len(safe.prompts), warn)
-    _report_skipped(scored, config, warn)
+    try:
+        _check_chance(scored, n_unsafe, len(safe.prompts), warn)
+        _report_skipped(scored, config, warn)
+    except NestError:
+        if work is not None:  # other prompts or another threshold are another run
+            work.forget()
+        raise
     parts, silhouettes = _cluster(model, activations, scored, config)
     accuracies = [entry.accuracy for entry in scored if entry.accuracy is not None]
     return NeuronSelection(

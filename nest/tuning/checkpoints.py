@@ -79,15 +79,11 @@ class Checkpoints:
     Args:
         work: Where it is kept.
         every: How often.
-
-    Attributes:
-        seconds: Time spent writing.
     """
 
     def __init__(self, work: Unfinished, every: Every = ONCE_A_MINUTE) -> None:
         self._work, self._every = work, every
         self._written_at, self._written_step = time.monotonic(), 0
-        self.seconds = 0.0
 
     def read(self) -> TuningState | None:
         """What an earlier run left; None where there is nothing.
@@ -130,7 +126,6 @@ class Checkpoints:
         """Replace the checkpoint, whole or not at all."""
         from safetensors.torch import save
 
-        started = time.monotonic()
         tensors = {f"optimizer.{name}": value for name, value in state.optimizer.items()}
         for kind, values in (("parameters", state.parameters), ("best", state.best)):
             tensors |= {f"{kind}.{i}": value for i, value in enumerate(values)}
@@ -139,7 +134,6 @@ class Checkpoints:
         numbers = json.dumps({"step": state.step, **state.numbers})
         self._work.write(_FILE, save(ready, metadata={"numbers": numbers}))
         self._written_at, self._written_step = time.monotonic(), state.step
-        self.seconds += self._written_at - started
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

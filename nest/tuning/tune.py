@@ -173,12 +173,16 @@ def tune_update(
         try:
             loop.run(train, validation)
         except ActivationError as fault:
+            if work is not None:
+                work.forget()
             if loop.best_step == 0:
                 raise ActivationError(f"{fault}; no step was good, nothing was written") from fault
             raise TuningStoppedError(
                 f"{fault}; step {loop.best_step} was good", result()
             ) from fault
         if loop.best_step == 0:
+            if work is not None:
+                work.forget()
             raise InputError(
                 f"no step lowered the validation loss ({loop.best_loss:.4g} at the start, "
                 f"{loop.history[-1].validation_loss:.4g} at the end), so that a patch would change "

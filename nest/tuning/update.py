@@ -29,7 +29,7 @@ from nest.tuning.preconditions import (
     is_plain,
 )
 from nest_kernels.cluster_grad import Members
-from nest_kernels.neuron_adamw import SiteRows, SiteTable, write_updated_rows
+from nest_kernels.neuron_adamw import SiteRows, SiteTable, takes_kernel, write_updated_rows
 
 PARAMETER = "nest_update"
 """Where the packed parameters are in the model while an update is trainable."""
@@ -300,10 +300,18 @@ class ClusterUpdate:
         """Write the rows if the parameters were changed by another hand than `NeuronAdamW`'s.
 
         Told by their values: fused optimizers, and whoever writes to `.data`, leave the version counter
-        as it is. On a GPU, which would have to be waited for, the rows are written in any case.
+        as it is. Where one kernel launch writes all rows, which must not wait for the device, they are
+        written in any case.
+
+        Raises:
+            SelectionError: see `check_weights`.
+            ActivationError: see `rows_written`.
         """
+        if self._ended or self._n_removed:
+            return
+        self.check_weights()
         packed = self.packed.detach()
-        if not packed.is_cpu or not torch.equal(packed, self._written):
+        if takes_kernel(self._rows, packed) or not torch.equal(packed, self._written):
             self.write()
 
     def _put_back(self) -> None:

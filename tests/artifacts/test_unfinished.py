@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nest.artifacts.unfinished import Unfinished, beside
+from nest.artifacts.unfinished import Unfinished, _names_in, beside
 from nest.errors import ActivationError, InputError, NestError
 
 IDENTITY = {"config": {"epochs": 2, "seed": 0}, "model": "a" * 64}
@@ -22,7 +22,7 @@ def begun(folder: Path, **more: object) -> Unfinished:
 def interrupted(folder: Path, fault: BaseException) -> None:
     with pytest.raises(type(fault)), begun(folder) as work:
         work.journal.add({"done": 1})
-        work.write("state", b"whole")
+        work.write("state.safetensors", b"whole")
         raise fault
 
 
@@ -32,19 +32,37 @@ def test_what_is_finished_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), NestError("disk"), MemoryError()])
+@pytest.mark.parametrize(
+    "fault", [KeyboardInterrupt(), NestError("disk"), InputError("memory"), MemoryError()]
+)
 def test_what_can_be_gone_on_with_is_kept(tmp_path: Path, fault: BaseException) -> None:
     interrupted(tmp_path / "w", fault)
     assert "the same command goes on from there" in fault.__notes__[0]
     with begun(tmp_path / "w") as work:
         assert work.goes_on and work.journal.entries == [{"done": 1}]
-        assert work.path("state").read_bytes() == b"whole"
+        assert work.path("state.safetensors").read_bytes() == b"whole"
 
 
-@pytest.mark.parametrize("fault", [InputError("x"), ActivationError("x")])
-def test_what_would_end_so_again_is_not(tmp_path: Path, fault: BaseException) -> None:
-    interrupted(tmp_path / "w", fault)
+def test_what_would_end_so_again_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ActivationError), begun(tmp_path / "w") as work:
+        work.journal.add({"done": 1})
+        work.forget()
+        raise ActivationError("x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_it_is_removed_leaves_a_run_that_begins_anew(tmp_path: Path) -> None:
+    interrupted(tmp_path / "w", KeyboardInterrupt())
+    names = _names_in(tmp_path / "w")
+    assert names[0] == "journal.jsonl" and names[-1] == "run.json"
+    for n in range(1, len(names) + 1):
+        interrupted(tmp_path / "w", KeyboardInterrupt())
+        for name in names[:n]:
+            (tmp_path / "w" / name).unlink()
+        with begun(tmp_path / "w") as work:
+            assert work.journal.entries == [] and (
+                n < 2 or not work.path("state.safetensors").exists()
+            )
 
 
 def test_nothing_done_is_nothing_kept(tmp_path: Path) -> None:
@@ -68,7 +86,11 @@ def test_another_runs_work_is_refused_by_what_differs_and_stays(tmp_path: Path) 
     interrupted(tmp_path / "w", KeyboardInterrupt())
     with Unfinished(tmp_path / "w", restart=True) as work:
         work.begin("patch", other)
-        assert not work.goes_on and not work.journal.entries and not work.path("state").exists()
+        assert (
+            not work.goes_on
+            and not work.journal.entries
+            and not work.path("state.safetensors").exists()
+        )
 
 
 def test_another_environment_is_warned_of(tmp_path: Path) -> None:
@@ -133,3 +155,33 @@ def test_a_disk_that_takes_no_more_ends_the_journal_alone(
         journal.add({"done": 1})
         journal.add({"done": 2})
     assert len(told) == 1 and "No space left on device" in told[0]
+
+
+def test_a_run_json_of_another_program_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"my": "own"}')
+    (tmp_path / "thesis.txt").write_text("all of it")
+    for restart in (False, True):
+        work = Unfinished(tmp_path, restart=restart)
+        with pytest.raises(InputError, match="not of nest"), work:
+            work.begin("patch", IDENTITY)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_state_that_the_disk_does_not_take_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    told: list[str] = []
+    with begun(tmp_path / "w", warn=told.append) as work:
+        monkeypatch.setattr("nest.artifacts.unfinished._write_whole", full)
+        work.write("state.safetensors", b"1")
+        work.write("state.safetensors", b"2")
+    assert len(told) == 1 and "No space left on device" in told[0]
+
+
+def test_beside_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert beside(Path(".")) == tmp_path / "out.unfinished"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -43,6 +43,22 @@ def test_a_turn_ends_with_what_the_template_writes_and_not_with_another_eos(toke
 def test_a_response_that_would_end_itself_is_refused(tokenizer: Any, token: str) -> None:
     with pytest.raises(InputError, match=rf"holds '\[{token[1:-1]}\]'.*take it out"):
         ChatEncoder(tokenizer).dialogue("make tea", f"boil {token} water")
+
+
+def test_added_tokens_that_are_ordinary_text_stay_allowed(tokenizer: Any) -> None:
+    """Gemma's vocabulary adds line feeds, and users add words."""
+    tokenizer.add_tokens(["\n", "Acme"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("[BOT]", "[BOT]\n")
+    encoder = ChatEncoder(tokenizer, system="You work for Acme. [USER]")
+    encoder.dialogue("make tea", "boil\nwater for Acme")
+    with pytest.raises(InputError, match="holds"):
+        encoder.dialogue("make tea", "boil [USER]")
+
+
+def test_special_tokens_without_a_role_are_not_in_the_text(tokenizer: Any) -> None:
+    tokenizer.add_tokens([AddedToken("[HEAD]", special=True), AddedToken("kettle")])
+    ids = tokenizer.convert_tokens_to_ids(["boil", "[HEAD]", "kettle", "[EOS]"])
+    assert ChatEncoder(tokenizer).decode(ids) == "boil kettle"
 
 
 # --- a thought that the prompt opens --------------------------------------------------------------

@@ -178,6 +178,20 @@ def test_verify_sees_rows_and_tensors_that_should_not_have_changed(
         verify(build("gpt_neox"), patch, folded=folded)
 
 
+def test_other_weights_beside_the_models_are_left_out_by_name(
+    patch: NeuronPatch, model: nn.Module, tmp_path: Path
+) -> None:
+    _save(model, tmp_path / "base", shards=False)
+    weights = (tmp_path / "base" / "model.safetensors").read_bytes()
+    strays = ("model.fp16.safetensors", "extra/model.safetensors", "other.safetensors")
+    for name in strays:
+        (tmp_path / "base" / name).write_bytes(weights)
+    folded = fold_checkpoint(tmp_path / "base", patch, tmp_path / "folded")
+    assert set(folded.left_out) == {*strays, "pytorch_model.bin"}
+    assert not any((tmp_path / "folded" / name).exists() for name in strays)
+    assert (tmp_path / "folded" / "extra" / "notes.txt").read_text() == "kept"
+
+
 # --- a model on the Hub ---------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import build, choose, loss_of, same_bits, state_of, tokens
 from torch import Tensor, nn
 
-from nest.errors import ActivationError, InputError
+from nest.errors import ActivationError, InputError, SelectionError
 from nest.patches.patch import NeuronPatch
 from nest.tuning.config import UpdateMode
 from nest.tuning.optimizer import NeuronAdamW
@@ -161,3 +161,19 @@ def test_only_the_update_is_trainable_whatever_wraps_the_model() -> None:
         names = [name for name, p in wrapped.named_parameters() if p.requires_grad]
         assert names == [f"module.{PARAMETER}.packed"]
         assert all("module" not in site.part.site.module.split(".") for site in update.sites)
+
+
+@pytest.mark.parametrize("moved", ["weights", "packed"])
+def test_what_was_moved_is_told_in_the_next_pass(moved: str) -> None:
+    model, ids = build(), tokens()
+    with trainable(model, choose(model)) as update:
+        optimizer = adamw(fused=True)(update)
+        loss_of(model, ids).backward()
+        if moved == "packed":
+            update.packed.data = update.packed.data.clone()
+        else:
+            weight = update.sites[0].module.weight
+            weight.data = weight.data.clone()
+        optimizer.step()
+        with pytest.raises(SelectionError, match=r"replaced or moved|moved to other memory"):
+            loss_of(model, ids)
