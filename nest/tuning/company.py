@@ -30,6 +30,8 @@ class FirstCompany:
 
     def due(self, wanted: Iterable[Example]) -> list[tuple[Example, ...]]:
         """The groups that some of the wanted dialogues belong to, each once."""
+        if not self._group_of:
+            return []
         numbers = dict.fromkeys(self._group_of[e] for e in wanted if e in self._group_of)
         return [self._groups[number] for number in numbers]
 

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from nest.errors import InputError
 from nest.models.chat import Batch, Encoder, check_completion_mask, collate
@@ -29,6 +30,14 @@ class Example:
     ids: tuple[int, ...]
     n_prompt: int
     benign: bool
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Looked up many times a step; a tuple would compute its own anew each time."""
+        return hash((self.ids, self.n_prompt, self.benign))
 
 
 @dataclass(frozen=True)

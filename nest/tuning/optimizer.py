@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nest.errors import ActivationError, InputError
-from nest.tuning.update import ClusterUpdate
+from nest.tuning.update import ClusterUpdate, is_finite
 from nest_kernels.neuron_adamw import neuron_adamw
 
 
@@ -91,7 +91,7 @@ class NeuronAdamW(torch.optim.Optimizer):
         if packed.grad is None:
             return loss
         self.update.check_weights()
-        if packed.is_cpu and not bool(packed.grad.isfinite().all()):
+        if packed.is_cpu and not is_finite(packed.grad):
             raise ActivationError(
                 "the update's gradient is not finite, and no step was taken: update.patch() gives the "
                 "update as it is. Lower the learning rate, clip the gradient, or train in float32"
