@@ -546,7 +546,9 @@ def _both_kinds(unsafe: Any, safe: Any, pairs: Any) -> tuple[PromptSet, PromptSe
 
     if pairs is None:
         if unsafe is None or safe is None:
-            raise InputError("select needs unsafe and safe prompts, or pairs of them")
+            raise InputError(
+                "select needs unsafe and safe prompts (--unsafe and --safe), or pairs of them (--pairs)"
+            )
         return _as_set(unsafe, "unsafe"), _as_set(safe, "safe")
     if unsafe is not None or safe is not None:
         raise InputError("give either pairs, or unsafe and safe prompts; not both")

@@ -136,7 +136,8 @@ class Unfinished:
             raise InputError(
                 f"{self.folder} holds the unfinished work of another run: {'; '.join(differences[:4])}"
                 f"{'; ...' if len(differences) > 4 else ''}. Repeat that run to finish it, choose another "
-                "name for the output, or begin anew with --restart"
+                "name for the output, or begin anew with --restart (in Python: delete the folder, or give "
+                "another one)"
             )
         others = _differences("environment", then.get("environment"), now["environment"])
         if others and self._warn is not None:

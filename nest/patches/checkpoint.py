@@ -146,9 +146,9 @@ def match_keys(files: Mapping[str, Path], patch: NeuronPatch) -> dict[str, str]:
         if len(same) != 1:
             seen = f"; {renamed[0]} has other content" if renamed else ""
             raise PatchError(
-                f"the checkpoint has no tensor {parameter}, nor one under another name with its "
-                f"content{seen}. Use the very checkpoint the patch was made for, saved by "
-                "save_pretrained where its tensors are renamed or merged on loading"
+                f"the patch is of another model: the checkpoint has no tensor {parameter}, nor one under "
+                f"another name with its content{seen}. Use the very checkpoint the patch was made for, "
+                "saved by save_pretrained where its tensors are renamed or merged on loading"
             )
         keys[parameter] = same[0]
     return keys

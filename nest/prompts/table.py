@@ -36,6 +36,8 @@ def read_table(path: Path) -> Table:
             file that is not of the format its ending says.
     """
     suffix = path.suffix.lower()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the file in it that holds the prompts")
     if suffix not in SUFFIXES:
         raise InputError(
             f"{path} has the ending {suffix or 'none'!r}; expected one of {', '.join(SUFFIXES)}"
@@ -88,8 +90,13 @@ def _json_rows(path: Path, text: str) -> list[Row]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+        raise InputError(
+            f"{where} is not valid JSON ({error.msg}, {place}); mend or delete it"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{where} is not valid JSON: it is nested too deep") from None
 
 
 def _as_row(item: Any, where: str) -> Mapping[str, Any]:
@@ -106,6 +113,11 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
+        header = reader.fieldnames or ()
+        if len(header) == 1 and any(separator in header[0] for separator in _SEPARATORS):
+            raise InputError(
+                f"{path} is written with {_separator_of(header)} between its fields; save it with commas"
+            )
         for number, row in enumerate(reader, start=1):
             if None in row:
                 raise InputError(_too_many_fields(path, number, reader.fieldnames or ()))
@@ -119,10 +131,14 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
 
 def _too_many_fields(path: Path, number: int, header: Sequence[str]) -> str:
     said = f"{path}, row {number} has more fields than the {len(header)} columns of the header"
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if any(separator in column for column in header):
-            return f"{said}, which is written with {name}; save the file with commas between its fields"
     return f"{said}; put fields that hold commas in double quotes"
+
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs"}
+
+
+def _separator_of(header: Sequence[str]) -> str:
+    return next(name for separator, name in _SEPARATORS.items() if separator in header[0])
 
 
 def _parquet_rows(path: Path, raw: bytes) -> list[Row]:

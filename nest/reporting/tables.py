@@ -40,8 +40,14 @@ def eval_table(report: EvalReport, before: EvalReport | None = None) -> Table:
         )
     table.add_section()
     means = [f"{100 * one.mean_attack_success:.1f} %" for one in columns]
+    without_bare = report.counted and "none" not in report.counted
     table.add_row(
-        "mean", *means, interval(report.mean_ci95), percent(report.degenerate()), "", style="bold"
+        "mean of attacks" if without_bare else "mean",
+        *means,
+        interval(report.mean_ci95),
+        percent(report.degenerate()),
+        "",
+        style="bold",
     )
     table.add_section()
     for label, rates in (

@@ -79,18 +79,29 @@ class Checkpoints:
     Args:
         work: Where it is kept.
         every: How often.
+
+    Attributes:
+        attempt: Which learning rate is being tried; to begin with, that of the checkpoint.
+
+    Raises:
+        InputError: a checkpoint that is damaged.
     """
 
     def __init__(self, work: Unfinished, every: Every = ONCE_A_MINUTE) -> None:
         self._work, self._every = work, every
         self._written_at, self._written_step = time.monotonic(), 0
+        self._state = self._read()
+        self.attempt = 0 if self._state is None else int(self._state.numbers["attempt"])
 
     def read(self) -> TuningState | None:
-        """What an earlier run left; None where there is nothing.
+        """What an earlier run left of this attempt; None where there is nothing."""
+        state, self._state = self._state, None
+        if state is None or state.numbers["attempt"] != self.attempt:
+            self._written_at, self._written_step = time.monotonic(), 0
+            return None
+        return state
 
-        Raises:
-            InputError: it is damaged.
-        """
+    def _read(self) -> TuningState | None:
         path = self._work.path(_FILE)
         if not path.exists():
             return None
@@ -131,7 +142,7 @@ class Checkpoints:
             tensors |= {f"{kind}.{i}": value for i, value in enumerate(values)}
         # clones: the best step's parameters may be the current ones, and the format shares no memory
         ready = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-        numbers = json.dumps({"step": state.step, **state.numbers})
+        numbers = json.dumps({"step": state.step, "attempt": self.attempt, **state.numbers})
         self._work.write(_FILE, save(ready, metadata={"numbers": numbers}))
         self._written_at, self._written_step = time.monotonic(), state.step
 

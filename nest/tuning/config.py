@@ -15,6 +15,9 @@ UpdateMode = Literal["live", "branch"]
 # steps, four clusters a site): at a tenth of it 69 % of wrapped requests still got through, at a third
 # 14 %, at this 5 %.
 RELATIVE_RATE = 1.7
+# What of it is tried, one after the other, until one lowers the validation loss. On SmolLM2-135M with the
+# default selection it went from 2.9 to 12 with the whole rate (0.35), and to 0.76 with 0.1.
+RATE_SHARES = (1.0, 0.25, 0.0625)
 # Weights are of the order of 1; anything beyond this is a slip of the pen.
 MAX_LEARNING_RATE = 1e6
 
@@ -40,7 +43,8 @@ class TuningConfig:
         cache_prefix: Keep the hidden states that enter the lowest tuned block, where it is not the
             first, and begin every later pass there.
         learning_rate: Peak of the schedule; None takes `RELATIVE_RATE` times the root mean square of
-            the selected rows, so that it fits models of any weight scale.
+            the selected rows, so that it fits models of any weight scale, and begins anew with a quarter
+            where that does not lower the validation loss.
         warmup: Share of the steps in which the rate climbs linearly, in [0, 1).
         weight_decay: Decoupled decay of the vectors.
         clip: Largest norm of the gradient; 0 never clips.

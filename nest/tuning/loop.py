@@ -28,6 +28,8 @@ from nest.tuning.memory import is_out_of_memory
 from nest.tuning.protocol import Trainable
 
 ProgressCallback = Callable[[str, int, int], None]
+# A validation loss of so many times the base's does not come down again.
+DIVERGED = 1.5
 MEND = "Lower the learning rate (--learning-rate) or tune in --dtype float32"
 
 
@@ -65,6 +67,7 @@ class TrainingLoop:
         warn: Told what deserves attention.
         checkpoints: Where the state is kept now and then, and gone on from.
         met: Told of dialogues that an earlier run has put through the model together.
+        gives_up: End where the validation loss rises far above the base's before it was ever below.
 
     Attributes:
         history: The loss curve.
@@ -89,10 +92,11 @@ class TrainingLoop:
         warn: Callable[[str], None] = warnings.warn,
         checkpoints: Checkpoints | None = None,
         met: Callable[[Sequence[Example]], None] | None = None,
+        gives_up: bool = False,
     ) -> None:
         self.encoder, self.update, self.config, self.ask = encoder, update, config, ask
         self.n_steps, self.progress, self.warn = n_steps, progress, warn
-        self._checkpoints, self._met = checkpoints, met
+        self._checkpoints, self._met, self._gives_up = checkpoints, met, gives_up
         # (first step, dialogues a forward pass): it shrinks when memory runs out
         self._sizes = [(0, micro_batch_size)]
         self.micro_batch_size = micro_batch_size
@@ -109,8 +113,8 @@ class TrainingLoop:
         """All steps, from the base model or from a checkpoint on.
 
         Raises:
-            ActivationError: the loss or a gradient is not finite. The update is then at the best step
-                before that.
+            ActivationError: the loss or a gradient is not finite, or the loss has diverged and the loop
+                gives up. The update is then at the best step before that.
             InputError: a checkpoint that cannot be read.
         """
         state = None if self._checkpoints is None else self._checkpoints.read()
@@ -200,6 +204,11 @@ class TrainingLoop:
             )
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.history.append(StepRecord(step, train_loss, loss, rate))
+        hopeless = step > 0 and self.best_step == 0 and loss > DIVERGED * self.best_loss
+        if hopeless and self._gives_up:
+            raise ActivationError(
+                f"after step {step} the validation loss is {loss:.4g}, up from {self.best_loss:.4g}. {MEND}"
+            )
         better = loss < self.best_loss
         if better:
             self.best_loss, self.best_step = loss, step

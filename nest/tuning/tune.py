@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nest.artifacts.unfinished import Unfinished
-from nest.errors import ActivationError, InputError, TuningStoppedError
+from nest.errors import ActivationError, InputError, NestError, TuningStoppedError
 from nest.models.blocks import blocks_of, checkpointed
 from nest.models.chat import Encoder, rendered_hash
 from nest.models.fingerprint import weights_hash
@@ -21,7 +21,7 @@ from nest.patches.patch import NeuronPatch
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
 from nest.tuning.checkpoints import ONCE_A_MINUTE, Checkpoints, Every
-from nest.tuning.config import RELATIVE_RATE, TuningConfig
+from nest.tuning.config import RATE_SHARES, RELATIVE_RATE, TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, prepare
 from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
 from nest.tuning.loss import Targets, target_logits
@@ -126,70 +126,95 @@ def tune_update(
         ) as update,
     ):
         update.check_patchable()
-        rate = config.learning_rate or RELATIVE_RATE * update.row_scale()
         ask = _Forward(model, update, config, warn)
         ask.check([*train[:N_CHECKED]], encoder.pad_id)
         memory = _memory(model, update, ask, [*train, *validation], encoder.pad_id, config)
         if notice is not None:
             notice(memory.sentence())
-        optimizer = NeuronAdamW(update, lr=rate, weight_decay=config.weight_decay)
-        loop = TrainingLoop(
-            encoder,
-            update,
-            optimizer,
-            ask,
-            config,
-            n_steps,
-            micro_batch_size=memory.micro_batch_size,
-            progress=progress,
-            warn=warn,
-            checkpoints=None if work is None else Checkpoints(work, checkpoint_every),
-            met=ask.met,
-        )
-
-        def result() -> TuningResult:
-            record = {
-                "config": {**asdict(config), "learning_rate": rate},
-                "micro_batch_size": loop.micro_batch_size,
-                "prefix_cached": ask.prefix is not None,
-                "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
-                "rendered_sha256": rendered,
-                "steps": n_steps,
-                "best_step": loop.best_step,
-                "best_validation_loss": loop.best_loss,
-                "history": [asdict(entry) for entry in loop.history],
-            }
-            own = {"tuning": record, "selection": dict(selection.provenance)}
-            return TuningResult(
-                patch=update.patch({**(provenance or {}), **own}),
-                history=tuple(loop.history),
-                best_step=loop.best_step,
-                steps=n_steps,
-                seconds=loop.seconds,
-                tokens_per_second=loop.n_tokens / max(loop.seconds, 1e-9),
-                memory=memory,
+        rates = _rates(update, config)
+        checkpoints = None if work is None else Checkpoints(work, checkpoint_every)
+        attempt = 0 if checkpoints is None else checkpoints.attempt
+        while True:
+            rate, is_last = rates[attempt], attempt + 1 == len(rates)
+            loop = TrainingLoop(
+                encoder,
+                update,
+                NeuronAdamW(update, lr=rate, weight_decay=config.weight_decay),
+                ask,
+                config,
+                n_steps,
+                micro_batch_size=memory.micro_batch_size,
+                progress=progress,
+                warn=warn,
+                checkpoints=checkpoints,
+                met=ask.met,
+                gives_up=not is_last,
             )
-
-        try:
-            loop.run(train, validation)
-        except ActivationError as fault:
-            if work is not None:
-                work.forget()
-            if loop.best_step == 0:
-                raise ActivationError(f"{fault}; no step was good, nothing was written") from fault
-            raise TuningStoppedError(
-                f"{fault}; step {loop.best_step} was good", result()
-            ) from fault
+            stopped: ActivationError | None = None
+            try:
+                loop.run(train, validation)
+            except ActivationError as fault:
+                stopped = fault
+            if loop.best_step > 0 or is_last:
+                break
+            attempt += 1
+            if checkpoints is not None:
+                checkpoints.attempt = attempt
+            warn(
+                f"the automatic learning rate {rate:.3g} is too high for this model and selection "
+                f"(validation loss {loop.best_loss:.4g} at the start, "
+                f"{loop.history[-1].validation_loss:.4g} later); beginning anew with {rates[attempt]:.3g}"
+            )
+        if work is not None and (stopped is not None or loop.best_step == 0):
+            work.forget()
         if loop.best_step == 0:
-            if work is not None:
-                work.forget()
-            raise InputError(
-                f"no step lowered the validation loss ({loop.best_loss:.4g} at the start, "
-                f"{loop.history[-1].validation_loss:.4g} at the end), so that a patch would change "
-                f"nothing, and none is made; try a learning rate under {rate:.3g} (--learning-rate), or "
-                "more dialogues"
-            )
-        return result()
+            raise _without_effect(loop, rate, stopped)
+        record = {
+            "config": {**asdict(config), "learning_rate": rate},
+            "micro_batch_size": loop.micro_batch_size,
+            "prefix_cached": ask.prefix is not None,
+            "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
+            "rendered_sha256": rendered,
+            "rates_too_high": list(rates[:attempt]),
+            "steps": n_steps,
+            "best_step": loop.best_step,
+            "best_validation_loss": loop.best_loss,
+            "history": [asdict(entry) for entry in loop.history],
+        }
+        own = {"tuning": record, "selection": dict(selection.provenance)}
+        result = TuningResult(
+            patch=update.patch({**(provenance or {}), **own}),
+            history=tuple(loop.history),
+            best_step=loop.best_step,
+            steps=n_steps,
+            seconds=loop.seconds,
+            tokens_per_second=loop.n_tokens / max(loop.seconds, 1e-9),
+            memory=memory,
+        )
+        if stopped is not None:
+            raise TuningStoppedError(
+                f"{stopped}; step {loop.best_step} was good", result
+            ) from stopped
+        return result
+
+
+def _rates(update: ClusterUpdate, config: TuningConfig) -> tuple[float, ...]:
+    """The learning rates to try, one after the other; the user's own is the only one."""
+    if config.learning_rate is not None:
+        return (config.learning_rate,)
+    rate = RELATIVE_RATE * update.row_scale()
+    return tuple(rate * share for share in RATE_SHARES)
+
+
+def _without_effect(loop: TrainingLoop, rate: float, stopped: ActivationError | None) -> NestError:
+    """Why there is no patch."""
+    if stopped is not None:
+        return ActivationError(f"{stopped}; no step was good, nothing was written")
+    return InputError(
+        f"no step lowered the validation loss ({loop.best_loss:.4g} at the start, "
+        f"{loop.history[-1].validation_loss:.4g} at the end), so that a patch would change nothing, and "
+        f"none is made; try a learning rate of {rate / 4:.2g} or less (--learning-rate), or more dialogues"
+    )
 
 
 class _Forward:

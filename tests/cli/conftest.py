@@ -1,29 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-from driver import Finished, Nest, in_process, select_arguments, tune_arguments
+from driver import Finished, Nest, World, in_process, select_arguments, tune_arguments
 from tiny_models import save_checkpoint, write_data
 
 
 @pytest.fixture
 def nest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nest:
     return in_process(monkeypatch, capsys)
-
-
-@dataclass(frozen=True)
-class World:
-    """A checkpoint, prompt files, and a selection and patch made by the command line."""
-
-    folder: Path
-    model: Path
-    data: dict[str, str]
-    selection: Path
-    patch: Path
-    select: Finished
-    tune: Finished
 
 
 @pytest.fixture(scope="session")

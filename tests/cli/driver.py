@@ -44,6 +44,19 @@ class Finished:
         return lines[0].removeprefix("error: ")
 
 
+@dataclass(frozen=True)
+class World:
+    """A checkpoint, prompt files, and a selection and patch made by the command line."""
+
+    folder: Path
+    model: Path
+    data: dict[str, str]
+    selection: Path
+    patch: Path
+    select: Finished
+    tune: Finished
+
+
 Nest = Callable[..., Finished]
 
 

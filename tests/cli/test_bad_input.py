@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World
 from driver import (
     Finished,
     Nest,
+    World,
     as_user,
     everything_under,
     select_arguments,

@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World
-from driver import COMMANDS, Nest, as_user, everything_under, select_arguments, tune_arguments
+from driver import (
+    COMMANDS,
+    Nest,
+    World,
+    as_user,
+    everything_under,
+    select_arguments,
+    tune_arguments,
+)
 from tiny_models import save_checkpoint
 
 import nest as package

@@ -20,8 +20,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from conftest import World
-from driver import ROOT, Finished, as_user, everything_under, select_arguments, tune_arguments
+from driver import (
+    ROOT,
+    Finished,
+    World,
+    as_user,
+    everything_under,
+    select_arguments,
+    tune_arguments,
+)
 
 from nest.artifacts.unfinished import Unfinished, beside
 

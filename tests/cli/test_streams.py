@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import World
-from driver import ROOT, Nest, as_user, select_arguments
+from driver import ROOT, Nest, World, as_user, select_arguments
 
 from nest.cli.progress import ProgressLines, duration
 

@@ -147,7 +147,7 @@ def test_missing_files_and_folders(tmp_path):
     with pytest.raises(MissingInputError, match=r"gone\.csv'"):
         load_prompts(str(tmp_path / "gone.csv") + ":goal")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder"):
         load_prompts(str(tmp_path / "folder.json"))
 
 

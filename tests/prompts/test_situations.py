@@ -112,6 +112,8 @@ def test_a_field_of_any_length(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
 def test_another_separator_is_told_by_its_name(tmp_path: Path, separator: str, name: str) -> None:
-    (tmp_path / "p.csv").write_text(f"prompt{separator}response\na, b{separator}c\n")
-    with pytest.raises(InputError, match=f"written with {name}"):
-        load_prompts(tmp_path / "p.csv")
+    with_commas = f"prompt{separator}response\na, b{separator}c\n"
+    for content in (with_commas, f"id{separator}prompt\n1{separator}a\n"):
+        (tmp_path / "p.csv").write_text(content)
+        with pytest.raises(InputError, match=f"written with {name}"):
+            load_prompts(f"{tmp_path / 'p.csv'}:prompt")

@@ -17,6 +17,7 @@ import torch
 from tiny_models import BENIGN, HARMFUL, build, choose, word_tokenizer
 
 import nest
+from nest.errors import InputError
 from nest.tuning import loop, tune
 from nest.tuning.loss import BasePredictions
 from nest.tuning.prefix import FrozenPrefix
@@ -125,3 +126,63 @@ def test_memory_that_ran_out_before_is_remembered(
     sizes.clear()
     assert ended(model, work=tmp_path / "w", **settings) == undisturbed
     assert max(sizes) <= 5
+
+
+# --- an automatic rate that is too high ---------------------------------------------------------------
+
+
+def test_a_quarter_of_a_rate_that_diverges_is_tried_and_gone_on_with(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, _ = case(1)
+    settings |= {"learning_rate": None, "validate_every": 1, "max_steps": 8, "update": "shared"}
+    monkeypatch.setattr(tune, "RELATIVE_RATE", 1000.0)
+    told: list[str] = []
+    result = nest.tune_result(
+        model, word_tokenizer(), choose(model), warn=told.append, checkpoint_every="1", **settings
+    )
+    record = result.patch.provenance["tuning"]
+    assert len(told) == len(record["rates_too_high"]) == 2
+    assert "is too high" in told[0] and "beginning anew with" in told[0]
+    ratio = record["rates_too_high"][0] / record["config"]["learning_rate"]
+    assert ratio == pytest.approx(4.0 ** len(told))
+    assert result.best_step > 0
+
+    undisturbed = ended(model, warn=lambda _: None, **settings)
+    steps: list[int] = []
+
+    def progress(stage: str, done: int, _total: int) -> None:
+        if stage == "tune":
+            steps.append(done)
+            if len(told) > 1 + len(record["rates_too_high"]) and done == 2:
+                raise KeyboardInterrupt
+
+    # interrupted in the second try, after the first has given up
+    with pytest.raises(KeyboardInterrupt):
+        nest.tune_result(
+            model,
+            word_tokenizer(),
+            choose(model),
+            warn=lambda text: told.extend([text, text]),
+            progress=progress,
+            checkpoint_every="1",
+            work=tmp_path / "w",
+            **settings,
+        )
+    again: list[str] = []
+    assert ended(model, work=tmp_path / "w", warn=again.append, **settings) == undisturbed
+    assert len(again) == len(record["rates_too_high"]) - 1
+
+
+def test_the_users_own_rate_is_the_only_one(model: Any) -> None:
+    settings, _ = case(1)
+    told: list[str] = []
+    with pytest.raises(InputError, match=r"try a learning rate of 2\.5e\+03 or less"):
+        nest.tune_result(
+            model,
+            word_tokenizer(),
+            choose(model),
+            warn=told.append,
+            **settings | {"learning_rate": 1e4, "clip": 0.0, "update": "shared"},
+        )
+    assert told == []
