@@ -18,6 +18,7 @@ from nest.version import __version__
 
 if TYPE_CHECKING:
     from nest.api import evaluate, fold, load, revert, select, tune, tune_result, verify
+    from nest.conversations.encoders import CallableEncoder, ChatEncoder
     from nest.errors import (
         ActivationError,
         InputError,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         TuningStoppedError,
     )
     from nest.evaluation.report import EvalReport
-    from nest.models.chat import CallableEncoder, ChatEncoder
     from nest.models.layouts import find_sites
     from nest.models.sites import NeuronSite
     from nest.patches.patch import NeuronPatch
@@ -52,7 +52,7 @@ _HOMES = {
         "TuningStoppedError",
     ),
     "nest.evaluation.report": ("EvalReport",),
-    "nest.models.chat": ("CallableEncoder", "ChatEncoder"),
+    "nest.conversations.encoders": ("CallableEncoder", "ChatEncoder"),
     "nest.models.layouts": ("find_sites",),
     "nest.models.sites": ("NeuronSite",),
     "nest.patches.patch": ("NeuronPatch",),

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nest.artifacts.unfinished import Unfinished
-    from nest.evaluation.judges import Judge
+    from nest.conversations.encoders import Encoder
     from nest.evaluation.report import EvalReport
-    from nest.models.chat import Encoder
+    from nest.judging.judge import Judge
     from nest.models.loading import LoadedModel
     from nest.models.sites import NeuronSite
     from nest.patches.checkpoint import FoldResult
@@ -151,7 +151,7 @@ def select(
     import warnings
 
     from nest.artifacts.unfinished import as_work
-    from nest.models.chat import encoder_for
+    from nest.conversations.encoders import encoder_for
     from nest.models.layouts import find_sites
     from nest.models.wrappers import uncompiled
     from nest.selection.config import SelectionConfig
@@ -282,9 +282,9 @@ def tune_result(
     import warnings
 
     from nest.artifacts.unfinished import as_work
-    from nest.evaluation.judges import phrase_judge
-    from nest.evaluation.refusals import check_responses
-    from nest.models.chat import encoder_for
+    from nest.conversations.encoders import encoder_for
+    from nest.judging.phrases import phrase_judge
+    from nest.judging.refusals import check_responses
     from nest.models.wrappers import uncompiled
     from nest.selection.select import reclustered
     from nest.tuning.checkpoints import Every
@@ -373,10 +373,10 @@ def evaluate(
         PatchError: the model does not carry the patch.
     """
     from nest.artifacts.unfinished import as_work
+    from nest.conversations.encoders import encoder_for
     from nest.evaluation.config import EvaluationConfig
     from nest.evaluation.evaluate import evaluate as run
-    from nest.evaluation.judges import make_judge
-    from nest.models.chat import encoder_for
+    from nest.judging.makers import make_judge
     from nest.models.wrappers import uncompiled
     from nest.prompts.attacks import resolve_attacks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Set before torch is imported: the suite shares its cores, and spinning threads only steal them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,3 +47,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in absent.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """A tokenizer of words with a chat template."""
+    from word_tokenizer import TEMPLATE, make_tokenizer
+
+    return make_tokenizer(TEMPLATE)
+
+
+@pytest.fixture
+def plain_tokenizer() -> Any:
+    """The same without a template."""
+    from word_tokenizer import make_tokenizer
+
+    return make_tokenizer(None)

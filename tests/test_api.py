@@ -15,7 +15,7 @@ from tiny_models import UNSAFE_WORDS, same_bits, state_of, word_tokenizer
 from torch import nn
 
 import nest
-from nest.models.chat import CallableEncoder
+from nest.conversations.encoders import CallableEncoder
 
 
 def test_all_is_complete_and_importable() -> None:

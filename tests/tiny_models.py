@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from nest.models.chat import ChatEncoder
+from nest.conversations.encoders import ChatEncoder
 from nest.models.fingerprint import fingerprint
 from nest.models.layouts import find_sites
 from nest.models.sites import NeuronSite

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from experiments.benchmarks.arms import Arm
 from experiments.benchmarks.shapes import Shape
-from nest.models.chat import Batch, CallableEncoder, bucketed_batches, collate
+from nest.activations.capture import capture
+from nest.conversations.batches import Batch, bucketed_batches, collate
+from nest.conversations.encoders import CallableEncoder
 from nest.models.layouts import find_sites
-from nest.selection.capture import capture
 
 N_PROMPTS, SHORTEST, LONGEST, BATCH_SIZE = 16, 60, 120, 8
 
@@ -53,7 +54,7 @@ def bare(shape: Shape, device: torch.device) -> Iterator[Arm]:
 
 @contextmanager
 def ours(shape: Shape, device: torch.device) -> Iterator[Arm]:
-    """`nest.selection.capture`: tokens, pooling, numbers on the host."""
+    """`nest.activations.capture`: tokens, pooling, numbers on the host."""
     model, texts = shape.model(device), prompts(shape)
     sites, names = find_sites(model), list(texts)
     encoder = CallableEncoder(texts.__getitem__, pad_id=0)

@@ -11,8 +11,9 @@ from torch import nn
 
 from experiments.benchmarks.protocol import interleaved, synchronise
 from experiments.benchmarks.shapes import Shape
-from nest.evaluation.generation import generate_tokens
-from nest.models.chat import CallableEncoder, collate
+from nest.conversations.batches import collate
+from nest.conversations.encoders import CallableEncoder
+from nest.generation.static import generate_tokens
 
 N_PROMPTS, SHORTEST, LONGEST, NEW_TOKENS, EOS = 256, 20, 300, 64, 2
 BATCH_SIZES = (32, 64, 128, 256)

@@ -17,7 +17,7 @@ import torch
 
 from experiments.worlds.conditions import Z_THRESHOLDS
 from experiments.worlds.run import World
-from nest.baselines.lora import tuned_lora
+from nest.methods.lora import tuned_lora
 from nest.models.sites import NeuronSite
 from nest.selection.config import SelectionConfig
 from nest.selection.select import select_neurons

@@ -20,15 +20,14 @@ import torch
 
 from experiments.worlds.conditions import CONDITIONS, SEEDS, Z_THRESHOLDS, Condition
 from nest.artifacts.provenance import package_versions
-from nest.baselines.lora import tuned_lora
+from nest.conversations.encoders import ChatEncoder
 from nest.evaluation.evaluate import evaluate
-from nest.evaluation.judges import PhraseJudge
 from nest.evaluation.report import EvalReport
-from nest.models.chat import ChatEncoder
+from nest.judging.phrases import PhraseJudge
+from nest.methods.lora import tuned_lora
 from nest.models.layouts import find_sites
 from nest.models.loading import load_model
 from nest.organism import DATA
-from nest.organism.build import build_organism, recipe
 from nest.prompts.attacks import NO_ATTACK, Attack, load_templates
 from nest.prompts.prompt_set import PromptSet, load_prompts
 from nest.selection.config import SelectionConfig
@@ -36,6 +35,7 @@ from nest.selection.controls import random_clusters, random_neurons
 from nest.selection.select import select_neurons
 from nest.tuning.config import TuningConfig
 from nest.tuning.tune import tune_update
+from nest.worlds.build import build_organism, recipe
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nest" / "worlds"

@@ -33,7 +33,7 @@ def export(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    from nest.organism.build import export_organism
+    from nest.worlds.build import export_organism
 
     with session(json, quiet) as run:
         export_organism(folder, overwrite=overwrite)
@@ -59,7 +59,7 @@ def build(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    from nest.organism.build import build_organism
+    from nest.worlds.build import build_organism
 
     with session(json, quiet) as run:
         measured = build_organism(world, folder, overwrite=overwrite, progress=run.progress)

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nest.models.chat import Batch, Encoder, collate, logits_of, run_model
+from nest.conversations.batches import Batch, collate
+from nest.conversations.encoders import Encoder
+from nest.models.calls import logits_of, run_model
 from nest.models.modes import eval_mode
 
 TOKENS_PER_BATCH = 2048

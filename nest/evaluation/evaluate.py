@@ -13,14 +13,15 @@ import numpy as np
 from torch import nn
 
 from nest.artifacts.unfinished import Unfinished
+from nest.conversations.encoders import Encoder, rendered_hash
 from nest.errors import InputError
 from nest.evaluation.config import Engine
 from nest.evaluation.divergence import Removable, kl_to_base
-from nest.evaluation.generation import generate_tokens
-from nest.evaluation.judges import Judge, Verdict, exact_match
 from nest.evaluation.metrics import clustered_interval
 from nest.evaluation.report import EvalReport, Response
-from nest.models.chat import Encoder, rendered_hash
+from nest.generation.static import generate_tokens
+from nest.judging.judge import Judge, Verdict
+from nest.judging.texts import exact_match
 from nest.models.fingerprint import weights_hash
 from nest.prompts.attacks import NO_ATTACK, Attack, attacks_hash
 from nest.prompts.prompt_set import PromptSet

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nest.errors import InputError, MissingInputError, NestError, OutputExistsError
-from nest.evaluation.judges import Verdict
 from nest.evaluation.metrics import Interval, Rate
+from nest.judging.judge import Verdict
 
 SAMPLES_PER_ATTACK = 3
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nest.errors import InputError
-from nest.models.chat import logits_of, run_model
+from nest.models.calls import logits_of, run_model
 from nest.models.fingerprint import tensor_hash
 from nest.models.loading import check_checkpoint, load_weights
 from nest.models.modes import eval_mode

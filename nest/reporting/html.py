@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nest.errors import NestError, OutputExistsError
-from nest.evaluation.judges import Verdict
 from nest.evaluation.metrics import Rate, paired_difference
 from nest.evaluation.report import EvalReport, Response
+from nest.judging.judge import Verdict
 from nest.reporting.plots import (
     MAX_MAPS,
     attack_order,

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from nest.activations.config import Pool
 from nest.errors import InputError
 
-Pool = Literal["max", "mean", "last"]
 Scorer = Literal["probe", "contrast"]
 Side = Literal["positive", "both"]
 ClusterScope = Literal["projection", "layer"]

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from nest.conversations.batches import Batch, check_completion_mask, collate
+from nest.conversations.encoders import Encoder
 from nest.errors import InputError
-from nest.models.chat import Batch, Encoder, check_completion_mask, collate
 from nest.prompts.prompt_set import PromptSet
 from nest.tuning.config import TuningConfig
 

@@ -13,8 +13,8 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+from nest.conversations.encoders import Encoder
 from nest.errors import ActivationError, InputError
-from nest.models.chat import Encoder
 from nest.tuning.checkpoints import (
     Checkpoints,
     TuningState,

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nest.conversations.batches import Batch
 from nest.errors import LayoutError
-from nest.models.chat import Batch, logits_of, run_model
+from nest.models.calls import logits_of, run_model
 from nest.tuning.company import FirstCompany
 from nest.tuning.dialogues import Example, MicroBatch
 from nest.tuning.protocol import Trainable

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nest.models.blocks import Blocks, started_at
-from nest.models.chat import run_model
+from nest.models.calls import run_model
 from nest.models.partial import run_until
 from nest.tuning.company import FirstCompany
 from nest.tuning.dialogues import Example, MicroBatch

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from nest.artifacts.unfinished import Unfinished
+from nest.conversations.encoders import Encoder, rendered_hash
 from nest.errors import ActivationError, InputError, NestError, TuningStoppedError
 from nest.models.blocks import blocks_of, checkpointed
-from nest.models.chat import Encoder, rendered_hash
 from nest.models.fingerprint import weights_hash
 from nest.models.modes import eval_mode
 from nest.patches.patch import NeuronPatch

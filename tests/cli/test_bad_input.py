@@ -323,7 +323,7 @@ def interrupted(done: Finished, work: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "where"),
     [
-        ("select", "nest.selection.capture.run_model"),
+        ("select", "nest.activations.capture.run_model"),
         ("select", "safetensors.torch.save"),
         ("tune", "nest.tuning.loop.NeuronAdamW.step"),
         ("tune", "nest.artifacts.storage._move_into_place"),
@@ -368,7 +368,7 @@ def test_an_interruption_leaves_nothing(
 
 def test_a_real_signal_leaves_nothing(world: World, work: Path) -> None:
     press = (
-        "import os, signal, nest.selection.capture as stage\n"
+        "import os, signal, nest.activations.capture as stage\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` has it ignored
         "real = stage.run_model\n"
         "def pressed(*args, **kwargs):\n"

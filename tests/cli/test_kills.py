@@ -98,7 +98,7 @@ def _die_at(path: str, n: int, before: bool) -> None:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is captured is noted after every batch, and not every few seconds."""
-    monkeypatch.setattr("nest.selection.store.KEPT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("nest.activations.store.KEPT_EVERY_SECONDS", 0.0)
 
 
 def produced(folder: Path, out: Path) -> dict[str, bytes]:
@@ -111,8 +111,8 @@ def produced(folder: Path, out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "death",
     [
-        ("nest.selection.store:ActivationStore.write", 3, True),
-        ("nest.selection.store:ActivationStore.keep", 5, False),
+        ("nest.activations.store:ActivationStore.write", 3, True),
+        ("nest.activations.store:ActivationStore.keep", 5, False),
         ("nest.artifacts.unfinished:Journal.add", 5, True),
         ("nest.selection.select:fit_probe", 3, False),
         ("nest.artifacts.storage:_move_into_place", 1, True),
@@ -156,7 +156,7 @@ def test_tuning_goes_on(
     "death",
     [
         ("nest.artifacts.unfinished:Journal.add", 2, False),
-        ("nest.evaluation.judges:PhraseJudge.judge_harmless", 1, False),
+        ("nest.judging.phrases:PhraseJudge.judge_harmless", 1, False),
         ("nest.evaluation.report:_write", 3, False),
     ],
     ids=str,

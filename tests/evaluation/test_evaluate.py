@@ -6,16 +6,18 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from tiny_decoders import number_prompts, tiny, words_encoder
 from torch import nn
-from worlds import number_prompts, tiny, words_encoder
 
 from nest.errors import InputError, OutputExistsError
 from nest.evaluation.config import EvaluationConfig
 from nest.evaluation.divergence import kl_to_base
 from nest.evaluation.evaluate import evaluate
-from nest.evaluation.judges import PhraseJudge, ReferenceJudge, Verdict
 from nest.evaluation.metrics import clustered_interval
 from nest.evaluation.report import EvalReport
+from nest.judging.judge import Verdict
+from nest.judging.phrases import PhraseJudge
+from nest.judging.reference import ReferenceJudge
 from nest.prompts.attacks import NO_ATTACK, RewriteAttack, TemplateAttack
 from nest.prompts.prompt_set import from_values
 

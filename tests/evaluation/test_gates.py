@@ -4,8 +4,8 @@ import pytest
 
 from nest.errors import InputError
 from nest.evaluation.gates import Gate
-from nest.evaluation.judges import Verdict
 from nest.evaluation.report import EvalReport, Response
+from nest.judging.judge import Verdict
 
 
 def report() -> EvalReport:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import nest
-from nest.evaluation.generation import generate
-from nest.models.chat import ChatEncoder
+from nest.conversations.encoders import ChatEncoder
+from nest.generation.static import generate
 from nest.organism import DATA, model_folder, prompt_file
-from nest.organism.build import RECIPES, card, write_prompts
-from nest.organism.recipe import RecipeConfig, build_tokenizer, train
+from nest.worlds.build import RECIPES, card, write_prompts
+from nest.worlds.recipe import RecipeConfig, build_tokenizer, train
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from nest.evaluation.judges import Verdict
 from nest.evaluation.metrics import clustered_interval
 from nest.evaluation.report import EvalReport, Response
+from nest.judging.judge import Verdict
 from nest.models.fingerprint import ModelFingerprint
 from nest.models.sites import NeuronSite
 from nest.selection.selection import NeuronSelection, SiteSelection

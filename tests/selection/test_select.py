@@ -21,9 +21,9 @@ from tiny_models import (
 from torch import Tensor, nn
 
 import nest
+from nest.activations.capture import capture
 from nest.errors import ActivationError, InputError, LayoutError, SelectionError
 from nest.models.layouts import find_sites
-from nest.selection.capture import capture
 from nest.selection.probe import contrast, z_scores
 from nest.selection.select import reclustered
 from nest.selection.selection import NeuronSelection
