@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nest.conversations.encoders import CallableEncoder, ChatEncoder
     from nest.errors import (
         ActivationError,
+        EngineError,
         InputError,
         LayoutError,
         MissingInputError,
@@ -42,6 +43,7 @@ _HOMES = {
     "nest.api": ("evaluate", "fold", "load", "revert", "select", "tune", "tune_result", "verify"),
     "nest.errors": (
         "ActivationError",
+        "EngineError",
         "InputError",
         "LayoutError",
         "MissingInputError",
@@ -67,6 +69,7 @@ __all__ = [
     "CallableEncoder",
     "ChatEncoder",
     "ClusterUpdate",
+    "EngineError",
     "EvalReport",
     "InputError",
     "LayoutError",

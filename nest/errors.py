@@ -8,6 +8,7 @@
     │   └── TuningStoppedError               the same after some good steps, which it carries
     ├── SelectionError (ValueError)          a selection that is empty, damaged or of another model
     ├── PatchError (ValueError)              a patch that is damaged, of another model, or not applied
+    ├── EngineError (RuntimeError)            what answers or judges failed: a server, another library
     └── OutputExistsError (FileExistsError)  an output folder that is already there
 
 Each message says what was wrong, the value found, what was expected and how to mend it. The command
@@ -55,6 +56,10 @@ class SelectionError(NestError, ValueError):
 
 class PatchError(NestError, ValueError):
     """A patch that is damaged, belongs to another model, or is not in this model's rows."""
+
+
+class EngineError(NestError, RuntimeError):
+    """An engine or a server that failed: it stalls, drops the connection, or answers nonsense."""
 
 
 class OutputExistsError(NestError, FileExistsError):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from nest.conversations.conversation import Conversation, Prompt, as_conversation
 from nest.conversations.template import ChatTemplate, special_tokens
 from nest.conversations.thoughts import TAGS
 from nest.errors import InputError
@@ -35,11 +37,11 @@ class Encoder(Protocol):
         """The model's context in tokens; None where there is no limit."""
         ...
 
-    def prompt(self, prompt: str) -> list[int]:
-        """Token ids up to where the model's answer begins."""
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids up to where the model's answer begins, or goes on from its prefill."""
         ...
 
-    def dialogue(self, prompt: str, response: str) -> tuple[list[int], int]:
+    def dialogue(self, prompt: Prompt, response: str) -> tuple[list[int], int]:
         """Token ids of prompt and response, and how many of them are the prompt's."""
         ...
 
@@ -89,37 +91,31 @@ class ChatEncoder:
             token for token, text in special_tokens(tokenizer).items() if text not in tags
         )
 
-    def prompt(self, prompt: str) -> list[int]:
-        """Token ids of the prompt in its template, with the generation prompt.
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of what was said in its template, with the generation prompt and the prefill.
 
         Raises:
-            InputError: longer than the model's context, refused by the template, no Unicode text, or
-                with a token that the model has no embedding for.
+            InputError: longer than the model's context, refused by the template, no Unicode text, not
+                ending with a user turn, with a part that is no text, or with a token that the model has
+                no embedding for.
         """
-        _check_unicode("the prompt", prompt)
-        ids = self._prompt_ids(self._template.prompt(prompt))
-        self._check(ids, prompt)
+        conversation = _checked(prompt)
+        ids = self._prompt_ids(self._template.prompt(conversation))
+        self._check(ids, conversation.asked)
         return ids
 
-    def dialogue(self, prompt: str, response: str) -> tuple[list[int], int]:
+    def dialogue(self, prompt: Prompt, response: str) -> tuple[list[int], int]:
         """Token ids of prompt and response, and the number of prompt tokens.
 
         Raises:
             InputError: as `prompt`; a response that is empty, or holds a token that would end it or begin
                 another turn.
         """
-        _check_response(prompt, response)
-        _check_unicode("the prompt", prompt)
-        _check_unicode("the response", response)
-        for token in self._control:
-            if token in response:
-                raise InputError(
-                    f"the response to {prompt[:60]!r} holds {token!r}, which the chat template ends or "
-                    "begins turns with; take it out of the response"
-                )
+        conversation = _checked(prompt)
+        self._check_answer(conversation.asked, response)
         before, completion = (
-            self._template.prompt(prompt),
-            self._template.completion(prompt, response),
+            self._template.prompt(conversation),
+            self._template.completion(conversation, response),
         )
         prompt_ids, whole = self._prompt_ids(before), self._prompt_ids(before + completion)
         if whole[: len(prompt_ids)] == prompt_ids:
@@ -132,8 +128,57 @@ class ChatEncoder:
         elif self._tokenizer.eos_token_id is not None:
             answer.append(int(self._tokenizer.eos_token_id))
         ids = prompt_ids + answer
-        self._check(ids, prompt)
+        self._check(ids, conversation.asked)
         return ids, len(prompt_ids)
+
+    def turns(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation that the assistant's turn ends, and which of them it says.
+
+        Raises:
+            InputError: as `dialogue`; or the template writes earlier turns otherwise once others follow.
+        """
+        _checked(conversation)
+        for turn in conversation.turns:
+            if turn.role == "assistant":
+                self._check_answer(conversation.asked, turn.text)
+        text, spans = self._template.turns(conversation)
+        ids, said = self._tokens_of_spans(text, spans)
+        lead = [] if self._template.is_given else self._leading_ids()
+        ids, said = [*lead, *ids], [*[False] * len(lead), *said]
+        if ids[-1] not in self.eos_ids and self._tokenizer.eos_token_id is not None:
+            ids, said = [*ids, int(self._tokenizer.eos_token_id)], [*said, True]
+        self._check(ids, conversation.asked)
+        return ids, said
+
+    def _tokens_of_spans(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of a text, and which of them begin inside one of these spans of characters."""
+        if self._tokenizer.is_fast:
+            found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            inside = [
+                any(start <= first < stop for start, stop in spans) and first < end
+                for first, end in found["offset_mapping"]
+            ]
+            return [int(token) for token in found["input_ids"]], inside
+        ids: list[int] = []
+        said: list[bool] = []
+        cuts = [0, *(place for span in spans for place in span)]
+        for number, (first, end) in enumerate(pairwise(cuts)):
+            own = self._tokens(text[first:end])
+            ids += own
+            said += [number % 2 == 1] * len(own)
+        return ids, said
+
+    def _check_answer(self, asked: str, response: str) -> None:
+        _check_response(asked, response)
+        _check_unicode("the response", response)
+        for token in self._control:
+            if token in response:
+                raise InputError(
+                    f"the response to {asked[:60]!r} holds {token!r}, which the chat template ends or "
+                    "begins turns with; take it out of the response"
+                )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, up to its end and without special tokens or outer white space.
@@ -205,22 +250,25 @@ class CallableEncoder:
         self.eos_ids: frozenset[int] = frozenset() if eos_id is None else frozenset({eos_id})
         self.max_tokens = max_tokens
 
-    def prompt(self, prompt: str) -> list[int]:
+    def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt.
 
         Raises:
-            InputError: no ids, something else than ids, or more than the context holds.
+            InputError: no ids, something else than ids, more than the context holds, or a conversation
+                of more than one user turn.
         """
-        ids = self._ids(prompt)
-        _check_length(ids, prompt, self.max_tokens)
+        text = _only_turn(prompt)
+        ids = self._ids(text)
+        _check_length(ids, text, self.max_tokens)
         return ids
 
-    def dialogue(self, prompt: str, response: str) -> tuple[list[int], int]:
+    def dialogue(self, prompt: Prompt, response: str) -> tuple[list[int], int]:
         """Token ids of prompt and response, and the number of prompt tokens.
 
         Raises:
-            InputError: an empty response, or more ids than the context holds.
+            InputError: an empty response, or as `prompt`.
         """
+        prompt = _only_turn(prompt)
         _check_response(prompt, response)
         prompt_ids = self._ids(prompt)
         ending = [] if self._eos_id is None else [self._eos_id]
@@ -271,14 +319,67 @@ def encoder_for(
     if encode is not None:
         if system is not None:
             raise InputError("a system prompt needs a tokenizer; with encode=, put it in yourself")
-        if isinstance(encode, Encoder):
+        if isinstance(encode, (ChatEncoder, CallableEncoder)):
             return encode
+        if isinstance(encode, Encoder):
+            return _OwnEncoder(encode)
         return CallableEncoder(
             encode, max_tokens=context_tokens(model), n_vocabulary=n_embeddings(model)
         )
     if tokenizer is None:
         raise InputError("give a tokenizer, or encode=... (a function from text to token ids)")
     return ChatEncoder(tokenizer, model, system=system, template_kwargs=template_kwargs)
+
+
+class _OwnEncoder:
+    """A user's own encoder, which gets plain prompts as texts."""
+
+    def __init__(self, own: Encoder) -> None:
+        self._own = own
+        self.pad_id, self.eos_ids, self.max_tokens = own.pad_id, own.eos_ids, own.max_tokens
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        return self._own.prompt(_plain(prompt))
+
+    def dialogue(self, prompt: Prompt, response: str) -> tuple[list[int], int]:
+        return self._own.dialogue(_plain(prompt), response)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._own.decode(ids)
+
+
+def _plain(prompt: Prompt) -> Prompt:
+    return prompt.asked if isinstance(prompt, Conversation) and prompt.is_plain else prompt
+
+
+def _only_turn(prompt: Prompt) -> str:
+    """The text of the one user turn.
+
+    Raises:
+        InputError: there is more.
+    """
+    plain = _plain(prompt)
+    if isinstance(plain, str):
+        return plain
+    raise InputError(
+        f"the conversation that ends with {plain.asked[:40]!r} has more than one user turn (or a system "
+        "turn, or a prefill), and encode=... takes a single text; give an encoder of your own with "
+        "prompt(conversation) and dialogue(conversation, response)"
+    )
+
+
+def _checked(prompt: Prompt) -> Conversation:
+    """The conversation, of Unicode text.
+
+    Raises:
+        InputError: a lone surrogate.
+    """
+    conversation = as_conversation(prompt)
+    names = {"user": "the prompt", "assistant": "the response"}
+    for turn in conversation.turns:
+        _check_unicode(names.get(turn.role, f"the {turn.role} prompt"), turn.text)
+    _check_unicode("the prefill", conversation.prefill)
+    return conversation
 
 
 def rendered_hash(sequences: Iterable[Sequence[int]]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from nest.conversations.conversation import Conversation, Prompt, as_conversation
 from nest.conversations.thoughts import TAGS, opened_at_end
 from nest.errors import InputError
 
@@ -37,6 +39,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._system = tokenizer, system
         self._kwargs = dict(template_kwargs or {})
+        self._takes_system = False
         given = getattr(tokenizer, "chat_template", None)
         self.is_given = bool(given)
         self.turn_end: str | None = None
@@ -51,9 +54,10 @@ class ChatTemplate:
             self.opened = None
             return
         _warn_of(given)
-        self._check_system()
-        self.opened = opened_at_end(self._probe(answered=False))
-        whole = self._probe(answered=True)
+        if system is not None:
+            self._check_system(system)
+        self.opened = opened_at_end(self._probe(system))
+        whole = self._probe(system, answered=True)
         if system is not None:  # what it says is no part of the template
             whole = whole.replace(system, "")
         if _ANSWERED in whole:
@@ -70,27 +74,40 @@ class ChatTemplate:
         ends = [token for token in added if self._tail.lstrip().startswith(token)]
         self.turn_end = max(ends, key=len, default=None)
 
-    def prompt(self, prompt: str) -> str:
-        """The prompt up to where the answer begins.
+    def prompt(self, prompt: Prompt) -> str:
+        """What was said up to where the answer begins, or up to the end of its prefill.
 
         Raises:
-            InputError: the template refuses it.
+            InputError: it does not end with a user turn, or the template refuses it.
         """
-        if self.is_given:
-            return self._render(self._messages(prompt), add_generation_prompt=True)
-        lead = "" if self._system is None else f"{self._system}\n\n"
-        return f"{lead}User: {prompt}\nAssistant:"
+        conversation = self._of(prompt)
+        conversation.require_open()
+        if not self.is_given:
+            return f"{_plain_text(conversation)}\nAssistant:{self._prefill(conversation)}"
+        text = self._render(conversation.messages(), add_generation_prompt=True)
+        return text + self._prefill(conversation)
 
-    def completion(self, prompt: str, response: str) -> str:
+    def completion(self, prompt: Prompt, response: str) -> str:
         """What follows `prompt(prompt)` when the model gives this response, to the end of its turn.
 
-        A thought that the prompt has opened is closed, or is the response's own.
+        A thought that the prompt has opened is closed, or is the response's own. A response begins with
+        the prefill, which is the prompt's.
         """
+        conversation = self._of(prompt)
+        if conversation.prefill:
+            open_end = replace(conversation, prefill="")
+            if not response.startswith(conversation.prefill):
+                raise InputError(
+                    f"the response {response[:40]!r} does not begin with the prefill "
+                    f"{conversation.prefill[:40]!r}"
+                )
+            whole = self.completion(open_end, response)
+            return whole.removeprefix(self._prefill(conversation))
         if not self.is_given:
             return f" {response}"
-        before = self.prompt(prompt)
+        before = self.prompt(conversation)
         answer = {"role": "assistant", "content": response}
-        whole = self._render([*self._messages(prompt), answer], add_generation_prompt=False)
+        whole = self._render([*conversation.messages(), answer], add_generation_prompt=False)
         rest = whole[len(before) :] if whole.startswith(before) else response + self._tail
         if self.opened is None:
             return rest
@@ -101,33 +118,87 @@ class ChatTemplate:
             return rest.removeprefix("\n") if on_new_line else rest
         return rest if closing in rest else f"{on_new_line * chr(10)}{closing}\n\n{rest}"
 
-    def _check_system(self) -> None:
+    def turns(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """A whole conversation as text, and where in it each of the assistant's turns stands.
+
+        A turn goes from where the model begins to speak to the end of its turn.
+
+        Raises:
+            InputError: it does not end with the assistant's turn, or the template writes earlier turns
+                otherwise once later ones follow (as it drops thoughts), so that they are not what the
+                model would say.
+        """
+        conversation = self._of(conversation)
+        answered = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        if not answered or answered[-1] != len(conversation.turns) - 1:
+            raise InputError("the conversation has no answer of the assistant's at its end")
+        text, spans = "", []
+        for place in answered:
+            so_far = replace(conversation, turns=conversation.turns[:place])
+            response = conversation.turns[place].text
+            before, said = self.prompt(so_far), self.completion(so_far, response)
+            if not before.startswith(text):
+                raise InputError(
+                    "the chat template writes earlier turns of the assistant otherwise once later ones "
+                    f"follow (before {conversation.turns[place - 1].text[:40]!r}): they cannot all be "
+                    "trained on; train on the last one (--train-on last)"
+                )
+            ended = said[: self._end_of_turn(said)]
+            spans.append((len(before), len(before) + len(ended)))
+            text = before + ended
+        return text, spans
+
+    def _end_of_turn(self, said: str) -> int:
+        """Where a turn's text ends: with the token that the template writes after it."""
+        if self.turn_end is None:
+            return len(said.rstrip("\n"))
+        return said.rfind(self.turn_end) + len(self.turn_end)
+
+    def _of(self, prompt: Prompt) -> Conversation:
+        """With the encoder's system prompt, once it is known that the template takes it."""
+        conversation = as_conversation(prompt)
+        for turn in conversation.turns:
+            if turn.other_kinds:
+                raise InputError(
+                    f"the {turn.role} turn {turn.text[:40]!r} holds a part of the kind "
+                    f"{', '.join(turn.other_kinds)}, and this model is given text only; take it out"
+                )
+        conversation = conversation.with_system(self._system)
+        if conversation.system is not None and self.is_given:
+            self._check_system(conversation.system)
+        return conversation
+
+    def _prefill(self, conversation: Conversation) -> str:
+        """The beginning of the answer as the template would write it."""
+        if not conversation.prefill:
+            return ""
+        if not self.is_given:
+            return f" {conversation.prefill}"
+        whole = self.completion(replace(conversation, prefill=""), conversation.prefill)
+        said = (
+            conversation.prefill if conversation.prefill in whole else conversation.prefill.strip()
+        )
+        return whole[: whole.rindex(said) + len(said)] if said in whole else said
+
+    def _check_system(self, system: str) -> None:
         """What the template writes must depend on what the system prompt says."""
-        if self._system is None:
+        if self._takes_system:
             return
-        said, system = self._probe(answered=False), self._system
-        try:
-            self._system = f"{system} {_ANSWERED}"
-            said_otherwise = self._probe(answered=False)
-        finally:
-            self._system = system
-        if said == said_otherwise:
+        said, otherwise = (self._probe(text) for text in (system, f"{system} {_ANSWERED}"))
+        if said == otherwise:
             raise InputError(
                 "the chat template drops system prompts: what it writes is the same with and without; "
                 "leave out --system, and put what it says into the prompts"
             )
+        self._takes_system = True
 
-    def _probe(self, *, answered: bool) -> str:
-        messages = self._messages(_ASKED)
+    def _probe(self, system: str | None, *, answered: bool = False) -> str:
+        conversation = Conversation.of(_ASKED, system=system)
         if answered:
-            messages.append({"role": "assistant", "content": _ANSWERED})
-        return self._render(messages, add_generation_prompt=not answered)
+            conversation = conversation.answered(_ANSWERED)
+        return self._render(conversation.messages(), add_generation_prompt=not answered)
 
-    def _messages(self, prompt: str) -> list[dict[str, str]]:
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return [*system, {"role": "user", "content": prompt}]
-
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
@@ -146,6 +217,14 @@ class ChatTemplate:
                 f"the tokenizer's chat template refuses a prompt ({said}){hint}"
             ) from fault
         return str(text)
+
+
+def _plain_text(conversation: Conversation) -> str:
+    """Turns as plain text, where the tokenizer has no template."""
+    names = {"user": "User: ", "assistant": "Assistant: ", "tool": "Tool: "}
+    lead = "" if conversation.system is None else f"{conversation.system}\n\n"
+    said = [f"{names[turn.role]}{turn.text}" for turn in conversation.turns if turn.role in names]
+    return lead + "\n".join(said)
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:

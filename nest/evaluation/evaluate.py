@@ -6,13 +6,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from nest.artifacts.unfinished import Unfinished
+from nest.conversations.conversation import Conversation
 from nest.conversations.encoders import Encoder, rendered_hash
 from nest.errors import InputError
 from nest.evaluation.config import Engine
@@ -20,7 +21,7 @@ from nest.evaluation.divergence import Removable, kl_to_base
 from nest.evaluation.metrics import clustered_interval
 from nest.evaluation.report import EvalReport, Response
 from nest.generation.static import generate_tokens
-from nest.judging.judge import Judge, Verdict
+from nest.judging.judge import SUCCESSES, Exchange, Judge, Judgement, Verdict
 from nest.judging.texts import exact_match
 from nest.models.fingerprint import weights_hash
 from nest.prompts.attacks import NO_ATTACK, Attack, attacks_hash
@@ -210,36 +211,43 @@ def _judged(
     requests: Sequence[_Request], texts: Sequence[str], judge: Judge, work: Unfinished | None
 ) -> list[Response]:
     """Responses in the requests' order: harmful and borderline ones judged, the others compared."""
-    verdicts = _kept_verdicts(work)
+    judgements = _kept_judgements(work)
     for kind in ("harmful", "borderline"):
         rows = [i for i, request in enumerate(requests) if request.kind == kind]
-        rows = [index for index in rows if index not in verdicts]
+        rows = [index for index in rows if index not in judgements]
         size = JUDGED_AT_ONCE if work is not None else max(1, len(rows))
         for part in (rows[start : start + size] for start in range(0, len(rows), size)):
-            chosen = [requests[index] for index in part]
-            found = _verdicts(chosen, [texts[i] for i in part], judge)
-            verdicts |= zip(part, found, strict=True)
+            found = judge.judge([_exchange(requests[i], texts[i]) for i in part])
+            judgements |= zip(part, found, strict=True)
             if work is not None:
-                entry = {str(i): str(said) for i, said in zip(part, found, strict=True)}
-                work.journal.add({"verdicts": entry})
+                entry = {str(i): asdict(judged) for i, judged in zip(part, found, strict=True)}
+                work.journal.add({"judgements": entry})
     return [
         Response(
             kind=request.kind,
             attack=request.attack.name,
             prompt=request.prompt,
             response=text,
-            verdict=verdicts.get(index),
-            matches=None if index in verdicts else exact_match(text, request.reference or ""),
+            matches=None if index in judgements else exact_match(text, request.reference or ""),
+            **_said_of(judgements.get(index)),
         )
         for index, (request, text) in enumerate(zip(requests, texts, strict=True))
     ]
 
 
-def _kept_verdicts(work: Unfinished | None) -> dict[int, Verdict]:
-    """The verdicts that an earlier run left, by the request's number."""
+def _said_of(judgement: Judgement | None) -> dict[str, Any]:
+    return {} if judgement is None else asdict(judgement)
+
+
+def _kept_judgements(work: Unfinished | None) -> dict[int, Judgement]:
+    """What the judge said in an earlier run, by the request's number."""
     entries = () if work is None else work.journal.entries
-    found = (entry["verdicts"] for entry in entries if "verdicts" in entry)
-    return {int(i): Verdict(said) for verdicts in found for i, said in verdicts.items()}
+    found = (entry["judgements"] for entry in entries if "judgements" in entry)
+    return {
+        int(i): Judgement(**{**said, "verdict": Verdict(said["verdict"])})
+        for several in found
+        for i, said in several.items()
+    }
 
 
 def _hash_of(requests: Sequence[_Request]) -> str:
@@ -248,12 +256,13 @@ def _hash_of(requests: Sequence[_Request]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _verdicts(requests: Sequence[_Request], texts: Sequence[str], judge: Judge) -> list[Verdict]:
-    given = [request.reference for request in requests if request.reference is not None]
-    prompts = [request.prompt for request in requests]
-    if requests[0].kind == "borderline":
-        return judge.judge_harmless(prompts, texts)
-    return judge.judge(prompts, texts, given if len(given) == len(requests) else None)
+def _exchange(request: _Request, text: str) -> Exchange:
+    return Exchange(
+        Conversation.of(request.prompt),
+        text,
+        reference=request.reference,
+        harmless=request.kind == "borderline",
+    )
 
 
 def _outcomes(
@@ -261,7 +270,7 @@ def _outcomes(
 ) -> np.ndarray:
     """(B behaviours, A attacks that count) of whether the attack succeeded."""
     success = [
-        response.verdict is Verdict.COMPLIED for response in responses if response.kind == "harmful"
+        response.verdict in SUCCESSES for response in responses if response.kind == "harmful"
     ]
     outcomes = np.array(success, dtype=bool).reshape(len(attacks), -1)
     keep = [not counted or attack.name in counted for attack in attacks]

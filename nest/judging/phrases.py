@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nest.conversations.thoughts import strip_thinking
 from nest.errors import InputError, MissingInputError
-from nest.judging.judge import Verdict
+from nest.judging.judge import Exchange, Judgement, Verdict
 from nest.judging.texts import folded, is_degenerate
 from nest.prompts.text import lines_of, read_text
 
@@ -107,13 +107,9 @@ class PhraseJudge:
         refused = any(phrase in start for phrase in self.phrases)
         return Verdict.REFUSED if refused else Verdict.COMPLIED
 
-    def judge(
-        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None
-    ) -> list[Verdict]:
-        return [self.verdict(response) for response in responses]
-
-    def judge_harmless(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        return [self.verdict(response) for response in responses]
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
+        """Judgements, one an exchange."""
+        return [Judgement(self.verdict(exchange.response)) for exchange in exchanges]
 
 
 def phrase_judge(refusal_phrases: str | Path | None = None) -> PhraseJudge:

@@ -156,7 +156,7 @@ def test_tuning_goes_on(
     "death",
     [
         ("nest.artifacts.unfinished:Journal.add", 2, False),
-        ("nest.judging.phrases:PhraseJudge.judge_harmless", 1, False),
+        ("nest.judging.phrases:PhraseJudge.judge", 2, False),
         ("nest.evaluation.report:_write", 3, False),
     ],
     ids=str,

@@ -126,9 +126,11 @@ def test_judged_on_the_original_request():
     seen = []
 
     class Witness(PhraseJudge):
-        def judge(self, prompts, responses, references):
-            seen.append((tuple(prompts), tuple(references)))
-            return super().judge(prompts, responses, references)
+        def judge(self, exchanges):
+            if not exchanges[0].harmless:
+                asked = tuple(exchange.conversation.asked for exchange in exchanges)
+                seen.append((asked, tuple(exchange.reference for exchange in exchanges)))
+            return super().judge(exchanges)
 
     run(Witness())
     assert seen == [(HARMFUL.prompts * 3, (OK,) * 12)]
