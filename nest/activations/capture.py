@@ -18,6 +18,7 @@ from nest.activations.pooling import full_columns, pool_tokens
 from nest.activations.store import ActivationStore, SpillFolder
 from nest.artifacts.unfinished import Unfinished
 from nest.conversations.batches import bucketed_batches
+from nest.conversations.conversation import Prompt, as_conversation
 from nest.conversations.encoders import Encoder
 from nest.errors import ActivationError, InputError, LayoutError
 from nest.models.calls import run_model
@@ -47,7 +48,7 @@ class Activations:
 def capture(
     model: nn.Module,
     encoder: Encoder,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     sites: Sequence[NeuronSite],
     *,
     pool: Pool = "max",
@@ -109,10 +110,10 @@ def capture(
                     run(batch)
                 fault = reader.fault
             if fault is not None:
+                asked = as_conversation(prompts[batch.indices[fault.row]]).asked
                 raise ActivationError(
                     f"the activations at {fault.site} are not finite numbers (first seen for the prompt "
-                    f"{prompts[batch.indices[fault.row]][:60]!r}); try --dtype float32, or check that "
-                    "the checkpoint is not damaged"
+                    f"{asked[:60]!r}); try --dtype float32, or check that the checkpoint is not damaged"
                 )
             store.write(batch.indices, pooled)
             store.keep(last=batch is batches[-1])

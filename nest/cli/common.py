@@ -270,11 +270,11 @@ def reporting_errors(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            _say_stopped(stop)
+            say_stopped(stop)
             raise typer.Exit(signals.exit_code()) from None
         except Exception as fault:
             if signals.received() is not None:  # an import that was hit by it says something else
-                _say_stopped(fault)
+                say_stopped(fault)
                 raise typer.Exit(signals.exit_code()) from None
             if not isinstance(fault, NestError):
                 raise
@@ -284,6 +284,6 @@ def reporting_errors(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def _say_stopped(stop: BaseException) -> None:
+def say_stopped(stop: BaseException) -> None:
     notes = getattr(stop, "__notes__", ())
     say("; ".join(("interrupted", *(notes or ("nothing half-written was left",)))))

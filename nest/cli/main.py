@@ -18,7 +18,7 @@ from nest.cli import (
     tune,
     verify,
 )
-from nest.cli.common import reporting_errors
+from nest.cli.common import reporting_errors, say_stopped
 from nest.cli.signals import exit_code, received, stopping_on_signals
 from nest.cli.streams import make_usable
 
@@ -75,6 +75,9 @@ def run() -> None:
     with stopping_on_signals():
         try:
             app()
+        except KeyboardInterrupt as stop:  # before a subcommand was there to tell of it
+            say_stopped(stop)
+            raise SystemExit(exit_code()) from None
         except SystemExit:
             if received() is None:
                 raise

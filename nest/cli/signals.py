@@ -13,6 +13,10 @@ EXIT_INTERRUPTED = 130
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
+SECONDS_UNTIL_ASKED_AGAIN = 0.02
+"""While something is imported, a stop waits so long before it looks whether that is done."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal that asks the run to end."""
 
@@ -30,14 +34,29 @@ class Stopper:
     def __init__(self) -> None:
         self.received: int | None = None
 
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             if number == signal.SIGINT:  # pressed again: whoever waits no longer wants cleaning up
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return  # schedulers and closing terminals send several
         self.received = number
-        raise Stopped
+        self._stop(number, frame)
+
+    def _stop(self, _number: int, frame: FrameType | None) -> None:
+        """Raise, but not out of an import: a library in C++ may abort where one comes through it."""
+        if not _is_importing(frame) or not hasattr(signal, "setitimer"):
+            raise Stopped
+        signal.signal(signal.SIGALRM, self._stop)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_ASKED_AGAIN)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -117,6 +117,12 @@ def command(
             help="Run what is below the lowest tuned layer once a dialogue.",
         ),
     ] = D.cache_prefix,
+    train_on: Annotated[
+        str,
+        typer.Option(
+            "--train-on", help="last answer of a dialogue, or all of the assistant's turns."
+        ),
+    ] = D.train_on,
     check_refusals: Annotated[
         bool,
         typer.Option(
@@ -169,6 +175,7 @@ def command(
         "layers": parse_layers(layers),
         "checkpointing": checkpointing,
         "cache_prefix": cache_prefix,
+        "train_on": train_on,
         "learning_rate": _parse_learning_rate(learning_rate),
         "warmup": warmup,
         "weight_decay": weight_decay,

@@ -42,7 +42,7 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]
 
 def collate(
     sequences: Sequence[Sequence[int]],
-    n_prompt: Sequence[int] | None,
+    said: Sequence[int | Sequence[bool]] | None,
     pad_id: int,
     side: Literal["left", "right"] = "right",
     indices: Sequence[int] | None = None,
@@ -51,8 +51,8 @@ def collate(
 
     Args:
         sequences: Token ids, at least one sequence and each of at least one id.
-        n_prompt: How many ids of each sequence are the prompt's; None for prompts alone, which
-            leaves the completion mask empty.
+        said: Which ids of each sequence are the assistant's, or how many are the prompt's; None for
+            prompts alone, which leaves the completion mask empty.
         pad_id: Fills up.
         side: Where the padding goes.
         indices: Which examples these are; 0, 1, ... if None.
@@ -66,8 +66,11 @@ def collate(
         stop = start + len(ids)
         input_ids[row, start:stop] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[row, start:stop] = 1
-        if n_prompt is not None:
-            completion_mask[row, start + n_prompt[row] : stop] = True
+        own = None if said is None else said[row]
+        if isinstance(own, int):
+            completion_mask[row, start + own : stop] = True
+        elif own is not None:
+            completion_mask[row, start:stop] = torch.tensor(own, dtype=torch.bool)
     which = list(range(len(sequences))) if indices is None else list(indices)
     return Batch(input_ids, attention_mask, completion_mask, which)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,6 +48,15 @@ class Encoder(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, up to its end and without special tokens."""
+        ...
+
+
+@runtime_checkable
+class TurnEncoder(Protocol):
+    """An encoder that can tell all turns of the assistant in a conversation."""
+
+    def turns(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation that the assistant's turn ends, and which of them it says."""
         ...
 
 
@@ -257,8 +267,8 @@ class CallableEncoder:
             InputError: no ids, something else than ids, more than the context holds, or a conversation
                 of more than one user turn.
         """
-        text = _only_turn(prompt)
-        ids = self._ids(text)
+        text, prefill = _only_turn(prompt)
+        ids = self._ids(text) + (self._ids(prefill) if prefill else [])
         _check_length(ids, text, self.max_tokens)
         return ids
 
@@ -268,12 +278,13 @@ class CallableEncoder:
         Raises:
             InputError: an empty response, or as `prompt`.
         """
-        prompt = _only_turn(prompt)
-        _check_response(prompt, response)
-        prompt_ids = self._ids(prompt)
+        text, prefill = _only_turn(prompt)
+        _check_response(text, response)
+        _check_begins(response, prefill)
+        prompt_ids = self.prompt(prompt)
         ending = [] if self._eos_id is None else [self._eos_id]
-        ids = prompt_ids + self._ids(response) + ending
-        _check_length(ids, prompt, self.max_tokens)
+        ids = prompt_ids + self._ids(response.removeprefix(prefill)) + ending
+        _check_length(ids, text, self.max_tokens)
         return ids, len(prompt_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -322,7 +333,9 @@ def encoder_for(
         if isinstance(encode, (ChatEncoder, CallableEncoder)):
             return encode
         if isinstance(encode, Encoder):
-            return _OwnEncoder(encode)
+            return (
+                _OwnTurnEncoder(encode) if isinstance(encode, TurnEncoder) else _OwnEncoder(encode)
+            )
         return CallableEncoder(
             encode, max_tokens=context_tokens(model), n_vocabulary=n_embeddings(model)
         )
@@ -348,24 +361,39 @@ class _OwnEncoder:
         return self._own.decode(ids)
 
 
+class _OwnTurnEncoder(_OwnEncoder):
+    """One that can tell several turns, too."""
+
+    def turns(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        assert isinstance(self._own, TurnEncoder)
+        return self._own.turns(conversation)
+
+
 def _plain(prompt: Prompt) -> Prompt:
     return prompt.asked if isinstance(prompt, Conversation) and prompt.is_plain else prompt
 
 
-def _only_turn(prompt: Prompt) -> str:
-    """The text of the one user turn.
+def _only_turn(prompt: Prompt) -> tuple[str, str]:
+    """The text of the one user turn, and the prefill.
 
     Raises:
         InputError: there is more.
     """
-    plain = _plain(prompt)
-    if isinstance(plain, str):
-        return plain
+    conversation = as_conversation(prompt)
+    if replace(conversation, prefill="").is_plain:
+        return conversation.asked, conversation.prefill
     raise InputError(
-        f"the conversation that ends with {plain.asked[:40]!r} has more than one user turn (or a system "
-        "turn, or a prefill), and encode=... takes a single text; give an encoder of your own with "
+        f"the conversation that ends with {conversation.asked[:40]!r} has more than one user turn (or a "
+        "system turn), and encode=... takes a single text; give an encoder of your own with "
         "prompt(conversation) and dialogue(conversation, response)"
     )
+
+
+def _check_begins(response: str, prefill: str) -> None:
+    if not response.startswith(prefill):
+        raise InputError(
+            f"the response {response[:40]!r} does not begin with the prefill {prefill[:40]!r}"
+        )
 
 
 def _checked(prompt: Prompt) -> Conversation:

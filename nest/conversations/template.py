@@ -116,7 +116,9 @@ class ChatTemplate:
         if rest.lstrip().startswith(opening):
             rest = rest.lstrip().removeprefix(opening)
             return rest.removeprefix("\n") if on_new_line else rest
-        return rest if closing in rest else f"{on_new_line * chr(10)}{closing}\n\n{rest}"
+        if closing in rest or response.lstrip().startswith(opening):
+            return rest
+        return f"{on_new_line * chr(10)}{closing}\n\n{rest}"
 
     def turns(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation as text, and where in it each of the assistant's turns stands.
@@ -175,10 +177,11 @@ class ChatTemplate:
         if not self.is_given:
             return f" {conversation.prefill}"
         whole = self.completion(replace(conversation, prefill=""), conversation.prefill)
-        said = (
-            conversation.prefill if conversation.prefill in whole else conversation.prefill.strip()
-        )
-        return whole[: whole.rindex(said) + len(said)] if said in whole else said
+        said = conversation.prefill.strip()
+        if self.opened is not None:  # its tag stands in the prompt already
+            said = said.removeprefix(self.opened[0]).lstrip()
+        begun = whole[: whole.rindex(said) + len(said)] if said in whole else said
+        return begun + conversation.prefill[len(conversation.prefill.rstrip()) :]
 
     def _check_system(self, system: str) -> None:
         """What the template writes must depend on what the system prompt says."""

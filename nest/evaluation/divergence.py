@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nest.conversations.batches import Batch, collate
+from nest.conversations.conversation import Prompt
 from nest.conversations.encoders import Encoder
 from nest.models.calls import logits_of, run_model
 from nest.models.modes import eval_mode
@@ -32,7 +33,7 @@ class Removable(Protocol):
 def kl_to_base(
     model: nn.Module,
     encoder: Encoder,
-    dialogues: Sequence[tuple[str, str]],
+    dialogues: Sequence[tuple[Prompt, str]],
     patch: Removable,
     batch_size: int = 256,
     progress: Callable[[str, int, int], None] | None = None,
@@ -82,7 +83,7 @@ def _base_log_probs(
 
 
 def _batches(
-    encoder: Encoder, dialogues: Sequence[tuple[str, str]], batch_size: int
+    encoder: Encoder, dialogues: Sequence[tuple[Prompt, str]], batch_size: int
 ) -> Iterator[Batch]:
     encoded = [encoder.dialogue(prompt, answer) for prompt, answer in dialogues]
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index][0]))

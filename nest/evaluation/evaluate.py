@@ -24,7 +24,7 @@ from nest.generation.static import generate_tokens
 from nest.judging.judge import SUCCESSES, Exchange, Judge, Judgement, Verdict
 from nest.judging.texts import exact_match
 from nest.models.fingerprint import weights_hash
-from nest.prompts.attacks import NO_ATTACK, Attack, attacks_hash
+from nest.prompts.attacks import NO_ATTACK, Attack, attacked, attacks_hash
 from nest.prompts.prompt_set import PromptSet
 
 JUDGED_AT_ONCE = 64
@@ -40,8 +40,13 @@ class _Request:
 
     kind: str
     attack: Attack
-    prompt: str
+    asked: Conversation
     reference: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What the user says last, before the attack."""
+        return self.asked.asked
 
 
 def evaluate(
@@ -101,11 +106,8 @@ def evaluate(
     encoded = [_encoded(encoder, request) for request in requests]
     rendered = rendered_hash(encoded)
     if patch is not None and benign is not None:
-        for (
-            prompt,
-            answer,
-        ) in benign.dialogues():  # before the work, what cannot be a dialogue is said
-            encoder.dialogue(prompt, answer)
+        for asked, answer in benign.chats():  # what cannot be a dialogue is said before the work
+            encoder.dialogue(asked, answer)
     if work is not None:
         work.begin(
             "report",
@@ -128,7 +130,7 @@ def evaluate(
     responses = _judged(requests, texts, judge, work)
     kl = None
     if patch is not None and benign is not None:
-        kl = kl_to_base(model, encoder, benign.dialogues(), patch, batch_size, progress)
+        kl = kl_to_base(model, encoder, benign.chats(), patch, batch_size, progress)
     n_tokens = sum(len(answer) for answer in answers)
     settings = _settings(harmful, borderline, benign, attacks, judge) | {
         "max_new_tokens": max_new_tokens,
@@ -174,12 +176,14 @@ def _requests(
     requests = [
         _Request("harmful", attack, prompt, reference)
         for attack in attacks
-        for prompt, reference in zip(harmful.prompts, references, strict=True)
+        for prompt, reference in zip(harmful.conversations, references, strict=True)
     ]
     if borderline is not None:
-        requests += [_Request("borderline", NO_ATTACK, prompt) for prompt in borderline.prompts]
+        requests += [
+            _Request("borderline", NO_ATTACK, prompt) for prompt in borderline.conversations
+        ]
     if benign is not None:
-        dialogues = benign.dialogues()
+        dialogues = benign.chats()
         requests += [_Request("benign", NO_ATTACK, prompt, answer) for prompt, answer in dialogues]
         twins = [dialogues[index] for index in _spread(len(dialogues), twin_prompts)]
         requests += [
@@ -198,7 +202,7 @@ def _spread(n: int, at_most: int) -> list[int]:
 
 def _encoded(encoder: Encoder, request: _Request) -> list[int]:
     try:
-        return encoder.prompt(request.attack.apply(request.prompt))
+        return encoder.prompt(attacked(request.attack, request.asked))
     except InputError as error:
         if request.attack is NO_ATTACK:
             raise
@@ -252,13 +256,16 @@ def _kept_judgements(work: Unfinished | None) -> dict[int, Judgement]:
 
 def _hash_of(requests: Sequence[_Request]) -> str:
     """Of what the judge gets beside the answers."""
-    rows = [[r.kind, r.attack.name, r.prompt, r.reference] for r in requests]
+    rows = [
+        [r.kind, r.attack.name, r.prompt if r.asked.is_plain else r.asked.messages(), r.reference]
+        for r in requests
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _exchange(request: _Request, text: str) -> Exchange:
     return Exchange(
-        Conversation.of(request.prompt),
+        request.asked,
         text,
         reference=request.reference,
         harmless=request.kind == "borderline",

@@ -65,7 +65,7 @@ def check_responses(
         InputError: less than half of the harmful, or more than half of the benign responses are refusals;
             or more than half of the prompts are the same in both.
     """
-    both = len(set(harmful.prompts) & set(benign.prompts))
+    both = len(set(harmful.conversations) & set(benign.conversations))
     if both > min(len(harmful), len(benign)) / 2:
         raise InputError(
             f"{both} prompts are both in {harmful.name}, to be refused, and in {benign.name}, to be "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from nest.conversations.conversation import Conversation
 from nest.errors import InputError
 from nest.prompts.prompt_set import NAMED_SET_PREFIX
 from nest.prompts.table import read_table, shortened
@@ -319,6 +320,12 @@ def _add(attacks: dict[str, Attack], attack: Attack) -> None:
     if attacks.get(attack.name, attack) != attack:
         raise InputError(f"two different attacks are named {attack.name!r}; rename one of them")
     attacks[attack.name] = attack
+
+
+def attacked(attack: Attack, conversation: Conversation) -> Conversation:
+    """The conversation with what the attack makes of the user's last turn."""
+    changed = attack.apply(conversation.asked)
+    return conversation if changed == conversation.asked else conversation.with_asked(changed)
 
 
 def attacks_hash(attacks: Sequence[Attack]) -> str:

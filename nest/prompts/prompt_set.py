@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nest.conversations.conversation import Conversation
 from nest.errors import InputError, MissingInputError
+from nest.prompts.formats import CHAT_COLUMNS, answer, chat, is_chat
 from nest.prompts.table import SUFFIXES, Table, read_table, shortened
 from nest.prompts.text import check_unicode
 
@@ -22,8 +24,10 @@ PROMPT_PARTS = {"instruction": ("input", "context"), "question": ("context",)}
 """Columns whose text stands under that of a prompt column: Alpaca's, Dolly's, SQuAD's."""
 CONTEXT_COLUMNS = ("contextstring", "context_string")
 """The same, but standing before it: HarmBench's."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns whose text is the system turn of their row."""
 BELONGING_COLUMNS = (
-    *("input", "context", *CONTEXT_COLUMNS, "system", "system_prompt", "history"),
+    *("input", "context", *CONTEXT_COLUMNS, *SYSTEM_COLUMNS, "history"),
     *("choices", "options", "image", "images"),
 )
 """Columns that may belong to a prompt: one that is not read but has something in it is warned of."""
@@ -39,26 +43,47 @@ class PromptSet:
 
     Attributes:
         name: Where the prompts came from, for messages and manifests.
-        prompts: What the user says, unchanged.
-        responses: What is answered, one for each prompt, or None for a set of prompts only.
+        conversations: What was said up to the user's turn that is to be answered.
+        responses: What is answered, one for each conversation, or None for a set of prompts only.
         sha256: Hash of the content alone: the same rows give the same hash in every file format.
     """
 
     name: str
-    prompts: tuple[str, ...]
+    conversations: tuple[Conversation, ...]
     responses: tuple[str, ...] | None
     sha256: str
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.conversations)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the user says last in each conversation."""
+        return tuple(conversation.asked for conversation in self.conversations)
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The different system turns that its conversations have of their own."""
+        found = (conversation.system for conversation in self.conversations)
+        return tuple(dict.fromkeys(system for system in found if system is not None))
 
     @property
     def n_duplicates(self) -> int:
         """How many rows repeat an earlier row."""
-        return len(self.prompts) - len(set(self._rows()))
+        return len(self) - len(set(self._rows()))
+
+    def chats(self) -> tuple[tuple[Conversation, str], ...]:
+        """(conversation, response) pairs.
+
+        Raises:
+            InputError: the set holds prompts only.
+        """
+        self.dialogues()
+        assert self.responses is not None
+        return tuple(zip(self.conversations, self.responses, strict=True))
 
     def dialogues(self) -> tuple[tuple[str, str], ...]:
-        """(prompt, response) pairs.
+        """(prompt, response) pairs: what the user says last, and what is answered.
 
         Raises:
             InputError: the set holds prompts only.
@@ -79,10 +104,10 @@ class PromptSet:
             "sha256": self.sha256,
         }
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def _rows(self) -> list[tuple[object, ...]]:
         if self.responses is None:
-            return [(prompt,) for prompt in self.prompts]
-        return list(zip(self.prompts, self.responses, strict=True))
+            return [(conversation,) for conversation in self.conversations]
+        return list(zip(self.conversations, self.responses, strict=True))
 
 
 def load_prompts(spec: str | Path, need_response: bool = False) -> PromptSet:
@@ -94,9 +119,12 @@ def load_prompts(spec: str | Path, need_response: bool = False) -> PromptSet:
         load_prompts("organism:harmful_train")   # a set of the embedded model
 
     A `.txt` file has one prompt a line, blank lines left out. A `.json` file is a list of objects
-    or of strings. A column `messages` holds chats of one user turn and the assistant's answer to
-    it. What Alpaca's `input`, Dolly's `context` and HarmBench's `ContextString` hold is put to the
-    prompt; a warning names other columns with something in them that may belong to it.
+    or of strings. A column `messages` or `conversations` holds whole chats, in OpenAI's form or
+    ShareGPT's: a system turn or none, user and assistant, the assistant's last turn being the response. A
+    prompt or response may be a list of turns as well (TRL's). Where a file has a prompt column and
+    `messages` and no responses beside them, `messages` is read. What Alpaca's `input`, Dolly's `context`
+    and HarmBench's `ContextString` hold is put to the prompt, a column `system` or `system_prompt` is the
+    system turn; a warning names other columns with something in them that may belong to the prompt.
 
     Args:
         spec: Path, `path:column`, `path:column:response column`, or `organism:NAME` in place of the
@@ -146,13 +174,13 @@ def load_pairs(path: str | Path) -> tuple[PromptSet, PromptSet]:
     unsafe = _from_rows(rows, f"{name}:unsafe", "unsafe", None, False)
     safe = _from_rows(rows, f"{name}:safe", "safe", None, False)
     return (
-        from_values(unsafe.prompts, unsafe.name),
-        from_values(safe.prompts, safe.name),
+        from_values(unsafe.conversations, unsafe.name),
+        from_values(safe.conversations, safe.name),
     )
 
 
 def from_values(values: Sequence[object], name: str = "given") -> PromptSet:
-    """A set from Python values: prompts, or (prompt, response) pairs.
+    """A set from Python values: prompts, or (prompt, response) pairs; a prompt is a text or a conversation.
 
     Raises:
         InputError: nothing in it, a mixture of both, or an empty or non-string text.
@@ -162,30 +190,42 @@ def from_values(values: Sequence[object], name: str = "given") -> PromptSet:
     items: list[Any] = list(values)
     if not items:
         raise InputError(f"{name} is empty; expected at least one prompt")
-    paired = not isinstance(items[0], str)
-    prompts: list[str] = []
+    paired = not isinstance(items[0], (str, Conversation))
+    prompts: list[Conversation] = []
     responses: list[str] = []
     for number, item in enumerate(items, start=1):
         where = f"{name}, item {number}"
         pair = isinstance(item, tuple | list) and len(item) == 2
-        if not (pair if paired else isinstance(item, str)):
+        if not (pair if paired else isinstance(item, (str, Conversation))):
             raise InputError(
                 f"{where} is {shortened(item)}; expected strings only, or (prompt, response) "
                 "pairs only"
             )
-        prompts.append(_text(item[0] if paired else item, "prompt", where))
+        prompts.append(_asked(item[0] if paired else item, where))
         if paired:
             responses.append(_text(item[1], "response", where))
     return _prompt_set(name, prompts, responses if paired else None)
 
 
-def _prompt_set(name: str, prompts: Sequence[str], responses: Sequence[str] | None) -> PromptSet:
+def _asked(value: Any, where: str) -> Conversation:
+    if isinstance(value, Conversation):
+        value.require_open()
+        return value
+    return Conversation.of(_text(value, "prompt", where))
+
+
+def _prompt_set(
+    name: str, conversations: Sequence[Conversation], responses: Sequence[str] | None
+) -> PromptSet:
     kept = tuple(responses) if responses is not None else None
     digest = hashlib.sha256()
-    for index, prompt in enumerate(prompts):
-        row = [prompt] if kept is None else [prompt, kept[index]]
+    for index, conversation in enumerate(conversations):
+        said: list[Any] = [conversation.asked]
+        if not conversation.is_plain:
+            said = [conversation.messages(), conversation.prefill]
+        row = said if kept is None else [*said, kept[index]]
         digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
-    return PromptSet(name, tuple(prompts), kept, digest.hexdigest())
+    return PromptSet(name, tuple(conversations), kept, digest.hexdigest())
 
 
 # --- where a spec leads ---------------------------------------------------------------------------
@@ -226,11 +266,10 @@ def _resolve(spec: str | Path) -> tuple[Path, str | None, str | None, str]:
 def _from_rows(
     table: Table, name: str, column: str | None, response: str | None, need_response: bool
 ) -> PromptSet:
-    if column is None and _find(table.columns, PROMPT_COLUMNS) is None:
-        messages = _find(table.columns, ("messages",))
-        if messages is not None:
-            dialogues = [_single_turn(row.get(messages), where) for where, row in table.rows]
-            return _of_dialogues(dialogues, name, need_response, table)
+    whole = _chat_column(table, column, response)
+    if whole is not None:
+        chats = [chat(row.get(whole), whole, where).split_answer() for where, row in table.rows]
+        return _of_dialogues(chats, name, need_response, table)
     wanted = PROMPT_COLUMNS if column is None else (column,)
     # a column named by hand is taken exactly as written before its case is forgiven
     prompt_column = column if column in table.columns else _find(table.columns, wanted)
@@ -249,16 +288,62 @@ def _from_rows(
             "needed in every row, choose its column with FILE:COLUMN:RESPONSE"
         )
     before, after = _parts_of(table, prompt_column) if column is None else ((), ())
-    used = (prompt_column, response_column, *before, *after)
+    system_column = _find(others, SYSTEM_COLUMNS)
+    used = (prompt_column, response_column, system_column, *before, *after)
     _warn_of_left_out(table, name, tuple(c for c in table.columns if c not in used))
-    dialogues = [
-        (
-            _joined(row, before, prompt_column, after, where),
-            row.get(response_column) if response_column is not None else None,
-        )
-        for where, row in table.rows
-    ]
+    dialogues = []
+    for where, row in table.rows:
+        conversation = _conversation(row, before, prompt_column, after, where)
+        if system_column is not None and not _is_blank(row.get(system_column)):
+            system = _text(row[system_column], system_column, where)
+            conversation = conversation.with_system(system)
+        said = None if response_column is None else row.get(response_column)
+        if response_column is not None and is_chat(said):
+            said = answer(said, conversation, response_column, where)
+        dialogues.append((conversation, said))
     return _of_dialogues(dialogues, name, need_response or response is not None, table)
+
+
+def _chat_column(table: Table, column: str | None, response: str | None) -> str | None:
+    """The column of whole conversations that is to be read; None where prompts have their own."""
+    if response is not None:
+        return None
+    if column is not None:
+        found = column if column in table.columns else _find(table.columns, (column,))
+        values = [] if found is None else [row.get(found) for _, row in table.rows]
+        answered = any(
+            is_chat(value) and value and _side(value[-1]) in ("assistant", "gpt")
+            for value in values
+        )
+        return found if answered or column.strip().lower() in CHAT_COLUMNS else None
+    found = _find(table.columns, CHAT_COLUMNS)
+    has_prompts = _find(table.columns, PROMPT_COLUMNS) is not None
+    has_responses = _find(table.columns, RESPONSE_COLUMNS) is not None
+    return None if has_prompts and has_responses else found
+
+
+def _side(turn: Any) -> Any:
+    return turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+
+
+def _conversation(
+    row: Mapping[str, Any],
+    before: Sequence[str],
+    prompt_column: str,
+    after: Sequence[str],
+    where: str,
+) -> Conversation:
+    """What a row asks: the turns in its prompt column, or its text with those of other columns."""
+    asked = row.get(prompt_column)
+    if is_chat(asked) and asked:
+        conversation = chat(asked, prompt_column, where)
+        if not conversation.awaits_answer:
+            raise InputError(
+                f"{where}: {prompt_column} ends with the turn of the {conversation.turns[-1].role}; "
+                "expected a user turn, which is what is answered"
+            )
+        return conversation
+    return Conversation.of(_joined(row, before, prompt_column, after, where))
 
 
 def _parts_of(table: Table, prompt_column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -307,31 +392,17 @@ def _is_blank(value: Any) -> bool:
 
 
 def _of_dialogues(
-    dialogues: Sequence[tuple[str, Any]], name: str, need_response: bool, table: Table
+    dialogues: Sequence[tuple[Conversation, Any]], name: str, need_response: bool, table: Table
 ) -> PromptSet:
-    prompts = [prompt for prompt, _ in dialogues]
+    conversations = [conversation for conversation, _ in dialogues]
     answered = all(isinstance(answer, str) and answer.strip() for _, answer in dialogues)
     if not need_response and not answered:
-        return _prompt_set(name, prompts, None)
+        return _prompt_set(name, conversations, None)
     responses = [
         _text(answer, "response", where)
         for (_, answer), (where, _) in zip(dialogues, table.rows, strict=True)
     ]
-    return _prompt_set(name, prompts, responses)
-
-
-def _single_turn(messages: Any, where: str) -> tuple[str, str | None]:
-    """(prompt, response) of a chat of one user turn and at most one answer."""
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise InputError(f"{where}: messages is {shortened(messages)}; expected a list of turns")
-    roles = [turn.get("role") for turn in messages]
-    if roles not in (["user"], ["user", "assistant"]):
-        raise InputError(
-            f"{where}: messages has the turns {roles}; expected one user turn and at most one "
-            "assistant turn after it (a system prompt is an option of the command, not of a row)"
-        )
-    texts = [_text(turn.get("content"), f"{turn['role']} turn", where) for turn in messages]
-    return texts[0], texts[1] if len(texts) > 1 else None
+    return _prompt_set(name, conversations, responses)
 
 
 def _find(columns: Sequence[str], wanted: Sequence[str]) -> str | None:

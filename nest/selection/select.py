@@ -73,15 +73,15 @@ def select_neurons(
 
     Source: arXiv 2602.16835, section 3.
     """
-    check_labels(len(unsafe.prompts), len(safe.prompts))
-    if paired and len(unsafe.prompts) != len(safe.prompts):
+    check_labels(len(unsafe), len(safe))
+    if paired and len(unsafe) != len(safe):
         raise InputError(
-            f"pairs need as many unsafe as safe prompts, but there are {len(unsafe.prompts)} "
-            f"and {len(safe.prompts)}"
+            f"pairs need as many unsafe as safe prompts, but there are {len(unsafe)} "
+            f"and {len(safe)}"
         )
     _check_sides(unsafe, safe, warn)
     sites = _in_layers(sites, config.layers)
-    prompts = [*unsafe.prompts, *safe.prompts]
+    prompts = [*unsafe.conversations, *safe.conversations]
     sequences = [encoder.prompt(prompt) for prompt in prompts]
     rendered = rendered_hash(sequences)
     if work is not None:
@@ -109,12 +109,12 @@ def select_neurons(
         sequences=sequences,
         work=work,
     )
-    n_unsafe = len(unsafe.prompts)
-    labels = np.arange(n_unsafe + len(safe.prompts)) < n_unsafe
-    groups = np.concatenate([np.arange(n_unsafe), np.arange(len(safe.prompts))]) if paired else None
+    n_unsafe = len(unsafe)
+    labels = np.arange(n_unsafe + len(safe)) < n_unsafe
+    groups = np.concatenate([np.arange(n_unsafe), np.arange(len(safe))]) if paired else None
     scored = _score(activations, labels, groups, config, progress, work)
     try:
-        _check_chance(scored, n_unsafe, len(safe.prompts), warn)
+        _check_chance(scored, n_unsafe, len(safe), warn)
         _report_skipped(scored, config, warn)
     except NestError:
         if work is not None:  # other prompts or another threshold are another run
@@ -185,8 +185,8 @@ def _check_sides(unsafe: PromptSet, safe: PromptSet, warn: Callable[[str], None]
     Raises:
         InputError: most of one side's are.
     """
-    both = len(set(unsafe.prompts) & set(safe.prompts))
-    if both > min(len(unsafe.prompts), len(safe.prompts)) / 2:
+    both = len(set(unsafe.conversations) & set(safe.conversations))
+    if both > min(len(unsafe), len(safe)) / 2:
         raise InputError(
             f"{both} prompts are both in {unsafe.name} (unsafe) and in {safe.name} (safe): what tells the "
             "two apart cannot be learned from them; give different prompts"

@@ -10,6 +10,7 @@ from nest.errors import InputError
 from nest.selection.config import UpdateForm, layer_faults
 
 UpdateMode = Literal["live", "branch"]
+TrainOn = Literal["last", "all"]
 
 # Peak learning rate in units of the selected rows' root mean square. Swept on the bazaar (loaded, 200
 # steps, four clusters a site): at a tenth of it 69 % of wrapped requests still got through, at a third
@@ -42,6 +43,7 @@ class TuningConfig:
             a third more time, and a fraction of the activations' memory.
         cache_prefix: Keep the hidden states that enter the lowest tuned block, where it is not the
             first, and begin every later pass there.
+        train_on: `last`: a dialogue's last answer is learned; `all`: every turn of the assistant's.
         learning_rate: Peak of the schedule; None takes `RELATIVE_RATE` times the root mean square of
             the selected rows, so that it fits models of any weight scale, and begins anew with a quarter
             where that does not lower the validation loss.
@@ -65,6 +67,7 @@ class TuningConfig:
     layers: tuple[int, int | None] | None = None
     checkpointing: bool = False
     cache_prefix: bool = True
+    train_on: TrainOn = "last"
     learning_rate: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -99,6 +102,8 @@ class TuningConfig:
             faults.append(f"update is {self.update!r}; choose shared or loaded")
         if self.mode not in ("live", "branch"):
             faults.append(f"mode is {self.mode!r}; choose live or branch")
+        if self.train_on not in ("last", "all"):
+            faults.append(f"train_on is {self.train_on!r}; choose last or all")
         faults += layer_faults(self.layers)
         for name in ("batch_size", "micro_batch_size", "validate_every", "max_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nest.conversations.batches import Batch, check_completion_mask, collate
-from nest.conversations.encoders import Encoder
+from nest.conversations.conversation import Conversation
+from nest.conversations.encoders import Encoder, TurnEncoder
 from nest.errors import InputError
 from nest.prompts.prompt_set import PromptSet
-from nest.tuning.config import TuningConfig
+from nest.tuning.config import TrainOn, TuningConfig
 
 # Batches within which examples are put together by length.
 WINDOW = 16
@@ -24,13 +25,18 @@ class Example:
 
     Attributes:
         ids: Token ids of prompt and response.
-        n_prompt: How many of them are the prompt's.
+        said: How many of them are the prompt's, or which of them are the assistant's.
         benign: Whether the prompt is to be answered, and not refused.
     """
 
     ids: tuple[int, ...]
-    n_prompt: int
+    said: int | tuple[bool, ...]
     benign: bool
+
+    @property
+    def n_targets(self) -> int:
+        """How many of its tokens are learned."""
+        return len(self.ids) - self.said if isinstance(self.said, int) else sum(self.said)
 
     def __hash__(self) -> int:
         return self._hash
@@ -38,7 +44,7 @@ class Example:
     @cached_property
     def _hash(self) -> int:
         """Looked up many times a step; a tuple would compute its own anew each time."""
-        return hash((self.ids, self.n_prompt, self.benign))
+        return hash((self.ids, self.said, self.benign))
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class MicroBatch:
     def of(examples: Sequence[Example], pad_id: int) -> MicroBatch:
         """Pad and check the examples."""
         ids = [example.ids for example in examples]
-        batch = collate(ids, [example.n_prompt for example in examples], pad_id)
+        batch = collate(ids, [example.said for example in examples], pad_id)
         check_completion_mask(batch)
         return MicroBatch(batch, tuple(examples), pad_id)
 
@@ -69,17 +75,41 @@ class MicroBatch:
         return tuple(example for example in self.examples if example.benign)
 
 
-def encode_dialogues(encoder: Encoder, dialogues: PromptSet, *, benign: bool) -> list[Example]:
+def encode_dialogues(
+    encoder: Encoder, dialogues: PromptSet, *, benign: bool, train_on: TrainOn = "last"
+) -> list[Example]:
     """Token ids of every dialogue of a set.
 
+    Args:
+        encoder: Turns them into tokens.
+        dialogues: Conversations with their responses.
+        benign: Whether they are to be answered.
+        train_on: Whether only the last of the assistant's turns is learned, or `all`.
+
     Raises:
-        InputError: prompts without responses, an empty response, or one longer than the context.
+        InputError: prompts without responses, an empty response, one longer than the context, or several
+            turns to learn and an encoder or template that cannot tell them.
     """
-    examples = []
-    for prompt, response in dialogues.dialogues():
-        ids, n_prompt = encoder.dialogue(prompt, response)
-        examples.append(Example(tuple(ids), n_prompt, benign))
-    return examples
+    return [
+        _example(encoder, asked, response, benign, train_on)
+        for asked, response in dialogues.chats()
+    ]
+
+
+def _example(
+    encoder: Encoder, asked: Conversation, response: str, benign: bool, train_on: TrainOn
+) -> Example:
+    several = any(turn.role == "assistant" for turn in asked.turns)
+    if train_on == "last" or not several:
+        ids, n_prompt = encoder.dialogue(asked, response)
+        return Example(tuple(ids), n_prompt, benign)
+    if not isinstance(encoder, TurnEncoder):
+        raise InputError(
+            f"the conversation that ends with {asked.asked[:40]!r} has several turns of the assistant, "
+            "and this encoder has no turns(conversation) to tell them; train on the last one"
+        )
+    ids, said = encoder.turns(asked.answered(response))
+    return Example(tuple(ids), tuple(said), benign)
 
 
 def split_validation(
@@ -118,8 +148,8 @@ def prepare(
         InputError: see `encode_dialogues` and `split_validation`.
     """
     train, validation = split_validation(
-        encode_dialogues(encoder, harmful, benign=False),
-        encode_dialogues(encoder, benign, benign=True),
+        encode_dialogues(encoder, harmful, benign=False, train_on=config.train_on),
+        encode_dialogues(encoder, benign, benign=True, train_on=config.train_on),
         share=config.validation,
         seed=config.seed,
     )

@@ -158,7 +158,7 @@ class BasePredictions:
         rows = micro_batch.benign_rows
         new = tuple(e for e in rows if e not in self._kept and e not in self._earlier)
         if new:
-            sizes = {e: (len(e.ids) - e.n_prompt) * self.bytes_a_token for e in new}
+            sizes = {e: e.n_targets * self.bytes_a_token for e in new}
             self._earlier.add(new, [e for e, size in sizes.items() if self._has_room(size)])
         return new
 

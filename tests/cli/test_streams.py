@@ -168,6 +168,38 @@ def test_a_stop_that_an_import_swallows_is_not_lost(world: World, tmp_path: Path
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stop_in_the_middle_of_an_import_waits_for_its_end(world: World, tmp_path: Path) -> None:
+    """A library in C++ may abort where an exception comes through its import."""
+    (tmp_path / "heavy.py").write_text(
+        "import os, signal, time\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.1)\n"
+        "print('imported', flush=True)\n"
+    )
+    importing = (
+        f"import sys, nest.models.loading as l\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        "real = l.load_weights\n"
+        "def loading(*args, **kwargs):\n"
+        "    import heavy\n"
+        "    import time\n"
+        "    time.sleep(30)\n"
+        "l.load_weights = loading\n"
+    )
+    done = as_user(*select(world, tmp_path / "out"), before=importing)
+    assert (done.code, done.out.strip()) == (143, "imported")
+    assert "interrupted" in done.err
+
+
+def test_a_stop_before_there_is_a_command_is_told_as_well(world: World, tmp_path: Path) -> None:
+    early = (
+        "import os, signal, nest.cli.main as m\n"
+        "m.app = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = as_user(*select(world, tmp_path / "out"), before=early)
+    assert done.code == 143
+    assert "interrupted" in done.err and "Traceback" not in done.err
+
+
 def test_the_next_run_removes_what_a_killed_one_left(world: World, tmp_path: Path) -> None:
     fold = ["fold", "--model", world.model, "--patch", world.patch, "--out", tmp_path / "folded"]
     process = started(fold, SLOW_COPY)

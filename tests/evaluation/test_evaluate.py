@@ -9,6 +9,7 @@ import torch
 from tiny_decoders import number_prompts, tiny, words_encoder
 from torch import nn
 
+from nest.conversations.encoders import encoder_for
 from nest.errors import InputError, OutputExistsError
 from nest.evaluation.config import EvaluationConfig
 from nest.evaluation.divergence import kl_to_base
@@ -91,7 +92,7 @@ def run(judge=None, **changes):
         "judge": judge or PhraseJudge(),
         "max_new_tokens": 3,
     }
-    return evaluate(model, model, **{**settings, **changes})
+    return evaluate(model, encoder_for(model, encode=model), **{**settings, **changes})
 
 
 @pytest.mark.parametrize("judge", [PhraseJudge(), ReferenceJudge()], ids=lambda judge: judge.name)

@@ -125,8 +125,8 @@ BAD = {
     "table.parquet": (b"PAR1 not really", "not a valid parquet"),
     "what.docx": ("x", "ending '.docx'"),
     "system.jsonl": (
-        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}',
-        "one user turn",
+        '{"messages": [{"role": "system", "content": "s"}]}',
+        "has no turn of a user",
     ),
     "turns.jsonl": ('{"messages": "hello"}', "expected a list of turns"),
 }

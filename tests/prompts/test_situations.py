@@ -40,7 +40,7 @@ def test_harmbenchs_context_stands_before_the_behaviour(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("input", "x"), ("system", "x"), ("choices", ["a", "b"]), ("history", [["a", "b"]])],
+    [("input", "x"), ("choices", ["a", "b"]), ("history", [["a", "b"]])],
 )
 def test_another_column_that_may_belong_to_it_is_warned_of(
     tmp_path: Path, column: str, value: Any

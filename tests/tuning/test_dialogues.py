@@ -28,8 +28,8 @@ def test_examples_are_prompt_and_response() -> None:
     encoder = encoder_of(build())
     found = encode_dialogues(encoder, from_values(HARMFUL), benign=False)
     for example, (prompt, response) in zip(found, HARMFUL, strict=True):
-        assert list(example.ids[: example.n_prompt]) == encoder.prompt(prompt)
-        assert encoder.decode(example.ids[example.n_prompt :]) == response
+        assert list(example.ids[: example.said]) == encoder.prompt(prompt)
+        assert encoder.decode(example.ids[example.said :]) == response
         assert example.ids[-1] in encoder.eos_ids and not example.benign
     with pytest.raises(InputError, match="without responses"):
         encode_dialogues(encoder, from_values(["only a prompt"]), benign=True)
@@ -87,7 +87,7 @@ def test_micro_batches_hold_every_token_once(size: int) -> None:
         assert not bool((said & ~own).any())
         for row, example in enumerate(found.examples):
             assert tuple(found.batch.input_ids[row][own[row]].tolist()) == example.ids
-            assert int((own & ~said)[row].sum()) == example.n_prompt
+            assert int((own & ~said)[row].sum()) == example.said
         benign = [example for example in found.examples if example.benign]
         assert list(found.benign_rows) == benign
 

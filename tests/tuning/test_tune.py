@@ -67,8 +67,8 @@ def validation_loss(model: nn.Module, settings: dict[str, Any]) -> float:
     for example in held:
         ids = torch.tensor([example.ids])
         with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, example.n_prompt - 1 : -1]
-        targets = ids[0, example.n_prompt :]
+            logits = model(input_ids=ids).logits[0, example.said - 1 : -1]
+        targets = ids[0, example.said :]
         losses += F.cross_entropy(logits, targets, reduction="none").tolist()
     return sum(losses) / len(losses)
 
