@@ -14,10 +14,9 @@ from nest.artifacts.storage import new_folder
 from nest.evaluation.report import EvalReport
 from nest.organism import model_folder
 from nest.patches.patch import NeuronPatch
+from nest.progress import ProgressCallback
 from nest.reporting.html import RunFacts, render_report, write_report
 from nest.selection.selection import NeuronSelection
-
-ProgressCallback = Callable[[str, int, int], None]
 
 # The organism has 384 neurons a projection, a real model some thousands: at 3 standard deviations too
 # few of its neurons would be left. Real models keep the default.

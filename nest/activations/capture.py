@@ -25,8 +25,7 @@ from nest.models.calls import run_model
 from nest.models.modes import eval_mode
 from nest.models.partial import run_until
 from nest.models.sites import NeuronSite, site_module
-
-ProgressCallback = Callable[[str, int, int], None]
+from nest.progress import ProgressCallback
 
 
 @dataclass(frozen=True)

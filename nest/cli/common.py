@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 
 from nest.cli import signals
-from nest.cli.progress import ProgressCallback, ProgressLines, progress_bars
+from nest.cli.progress import ProgressLines, progress_bars
 from nest.cli.streams import is_terminal, keep_result, say, silence_stdout
 from nest.errors import InputError, MissingInputError, NestError
+from nest.progress import ProgressCallback
 from nest.prompts.text import read_text
 
 if TYPE_CHECKING:
@@ -111,6 +112,28 @@ def parse_layers(value: str | None) -> tuple[int, int | None] | None:
     )
 
 
+def parse_template_kwargs(values: Sequence[str] | None) -> dict[str, Any]:
+    """`NAME=VALUE` each; a value that is JSON (true, 3, "x") is read as such, others are texts.
+
+    Raises:
+        InputError: no name, no `=`, or one name twice.
+    """
+    found: dict[str, Any] = {}
+    for text in values or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise InputError(
+                f"--template-kwargs is {text!r}; it must be NAME=VALUE, such as enable_thinking=false"
+            )
+        if name.strip() in found:
+            raise InputError(f"--template-kwargs sets {name.strip()} twice; set it once")
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", help="A local folder, a name on the Hub, or `organism`.")
 ]
@@ -147,6 +170,13 @@ BatchSizeOption = Annotated[
 ]
 SystemOption = Annotated[
     str | None, typer.Option("--system", help="System prompt put before every prompt.")
+]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-kwargs",
+        help="Switch of the chat template, NAME=VALUE, such as enable_thinking=false; repeatable.",
+    ),
 ]
 LayersOption = Annotated[
     str | None,

@@ -23,8 +23,10 @@ from nest.cli.common import (
     RevisionOption,
     SeedOption,
     SystemOption,
+    TemplateOption,
     TrustOption,
     parse_batch_size,
+    parse_template_kwargs,
     session,
 )
 from nest.cli.streams import say
@@ -76,6 +78,7 @@ def command(
         ),
     ] = None,
     system: SystemOption = None,
+    template_kwargs: TemplateOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -96,6 +99,7 @@ def command(
     from nest.reporting.tables import eval_table
 
     size = parse_batch_size(batch_size)
+    switches = parse_template_kwargs(template_kwargs)
     gates = [Gate.parse(text) for text in gate or ()]
     if restart and out is None:
         raise InputError("--restart is for what is kept beside --out; give that, too")
@@ -128,8 +132,10 @@ def command(
             refusal_phrases=refusal_phrases,
             patch=loaded,
             system=system,
+            template_kwargs=switches,
             batch_size=size,
             progress=run.progress,
+            warn=run.warn,
             work=work,
             max_new_tokens=max_new_tokens,
             engine=engine,

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nest.cli.streams import say
-
-ProgressCallback = Callable[[str, int, int], None]
+from nest.progress import ProgressCallback
 
 SECONDS_BETWEEN_LINES = 10.0
 

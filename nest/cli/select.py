@@ -24,9 +24,11 @@ from nest.cli.common import (
     RevisionOption,
     SeedOption,
     SystemOption,
+    TemplateOption,
     TrustOption,
     parse_batch_size,
     parse_layers,
+    parse_template_kwargs,
     session,
     warn_if_not_foldable,
 )
@@ -73,6 +75,7 @@ def command(
     ] = None,
     layers: LayersOption = None,
     system: SystemOption = None,
+    template_kwargs: TemplateOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -93,6 +96,7 @@ def command(
     started = time.monotonic()
     check_output(out, kind="selection", overwrite=overwrite)
     size = parse_batch_size(batch_size)
+    switches = parse_template_kwargs(template_kwargs)
     wanted_layers = parse_layers(layers)
     with session(json, quiet) as run, ExitStack() as stack:
         network, tokenizer = api.load(
@@ -112,6 +116,7 @@ def command(
             safe=safe,
             pairs=pairs,
             system=system,
+            template_kwargs=switches,
             batch_size=size,
             progress=run.progress,
             warn=run.warn,

@@ -26,9 +26,11 @@ from nest.cli.common import (
     RevisionOption,
     SeedOption,
     SystemOption,
+    TemplateOption,
     TrustOption,
     parse_batch_size,
     parse_layers,
+    parse_template_kwargs,
     session,
     warn_if_not_foldable,
 )
@@ -135,6 +137,7 @@ def command(
         typer.Option("--refusal-phrases", help="File of more refusal phrases, one a line."),
     ] = None,
     system: SystemOption = None,
+    template_kwargs: TemplateOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
@@ -164,6 +167,7 @@ def command(
     started = time.monotonic()
     check_output(out, kind="patch", overwrite=overwrite)
     size = parse_batch_size(batch_size)
+    switches = parse_template_kwargs(template_kwargs)
     n_dialogues = D.batch_size if size == "auto" else size
     settings: dict[str, Any] = {
         "update": update,
@@ -214,6 +218,7 @@ def command(
                 benign=benign,
                 n_clusters=anew,
                 system=system,
+                template_kwargs=switches,
                 check_refusals=check_refusals,
                 refusal_phrases=refusal_phrases,
                 progress=run.progress,

@@ -12,6 +12,11 @@ from nest.conversations.thoughts import TAGS, opened_at_end
 from nest.errors import InputError
 
 # What a probe of the template asks and answers: words that no template changes.
+_TAKEN = frozenset(
+    "chat_template continue_final_message conversation add_generation_prompt max_length messages "
+    "padding return_assistant_tokens_mask return_dict return_tensors tokenize tokenizer_kwargs "
+    "truncation".split()
+)
 _ASKED, _ANSWERED = "question", "nestanswer"
 
 
@@ -38,7 +43,7 @@ class ChatTemplate:
         self, tokenizer: Any, system: str | None, template_kwargs: Mapping[str, Any] | None
     ) -> None:
         self._tokenizer, self._system = tokenizer, system
-        self._kwargs = dict(template_kwargs or {})
+        self._kwargs = _switches(template_kwargs or {}, getattr(tokenizer, "chat_template", None))
         self._takes_system = False
         given = getattr(tokenizer, "chat_template", None)
         self.is_given = bool(given)
@@ -237,6 +242,26 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
     roles = tokenizer.all_special_ids
     texts = tokenizer.convert_ids_to_tokens(roles)
     return marked | {int(n): str(text) for n, text in zip(roles, texts, strict=True)}
+
+
+def _switches(template_kwargs: Mapping[str, Any], template: Any) -> dict[str, Any]:
+    """The template's switches; a warning for those that it does not know.
+
+    Raises:
+        InputError: a name that transformers itself takes.
+    """
+    taken = sorted(set(template_kwargs) & _TAKEN)
+    if taken:
+        raise InputError(
+            f"the template's switches hold {', '.join(taken)}, which nest sets itself; leave it out"
+        )
+    text = template if isinstance(template, str) else str(template)
+    unknown = sorted(name for name in template_kwargs if name not in text)
+    if unknown:
+        warnings.warn(
+            f"the chat template does not know {', '.join(unknown)}: it has no effect", stacklevel=6
+        )
+    return dict(template_kwargs)
 
 
 def _warn_of(template: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,14 +24,12 @@ from nest.generation.static import generate_tokens
 from nest.judging.judge import SUCCESSES, Exchange, Judge, Judgement, Verdict
 from nest.judging.texts import exact_match
 from nest.models.fingerprint import weights_hash
+from nest.progress import ProgressCallback
 from nest.prompts.attacks import NO_ATTACK, Attack, attacked, attacks_hash
 from nest.prompts.prompt_set import PromptSet
 
 JUDGED_AT_ONCE = 64
 """Answers that go to the judge together where what is done is kept."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def evaluate(
     benign_twin_prompts: int = 50,
     counted: Sequence[str] = (),
     engine: Engine = "auto",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     work: Unfinished | None = None,
 ) -> EvalReport:
     """Answer every prompt greedily, judge the answers and count.

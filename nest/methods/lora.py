@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from nest.conversations.encoders import Encoder
 from nest.errors import InputError
 from nest.models.sites import NeuronSite
+from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import prepare
-from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
+from nest.tuning.loop import StepRecord, TrainingLoop
 from nest.tuning.loss import target_logits
 
 # Peak learning rate where the config leaves it open.

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nest.activations.capture import Activations, ProgressCallback, capture
+from nest.activations.capture import Activations, capture
 from nest.artifacts.unfinished import Unfinished
 from nest.conversations.encoders import Encoder, rendered_hash
 from nest.errors import InputError, NestError, SelectionError
 from nest.models.fingerprint import fingerprint, weights_hash
 from nest.models.sites import NeuronSite
+from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.clusters import MAX_CLUSTERS, cluster_neurons, standardised
 from nest.selection.config import SelectionConfig, in_range, range_text

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nest.conversations.encoders import Encoder
 from nest.errors import ActivationError, InputError
+from nest.progress import ProgressCallback
 from nest.tuning.checkpoints import (
     Checkpoints,
     TuningState,
@@ -27,7 +28,6 @@ from nest.tuning.loss import BasePredictions, Targets, tuning_loss
 from nest.tuning.memory import is_out_of_memory
 from nest.tuning.protocol import Trainable
 
-ProgressCallback = Callable[[str, int, int], None]
 # A validation loss of so many times the base's does not come down again.
 DIVERGED = 1.5
 MEND = "Lower the learning rate (--learning-rate) or tune in --dtype float32"

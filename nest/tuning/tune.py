@@ -18,12 +18,13 @@ from nest.models.blocks import blocks_of, checkpointed
 from nest.models.fingerprint import weights_hash
 from nest.models.modes import eval_mode
 from nest.patches.patch import NeuronPatch
+from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
 from nest.tuning.checkpoints import ONCE_A_MINUTE, Checkpoints, Every
 from nest.tuning.config import RATE_SHARES, RELATIVE_RATE, TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, prepare
-from nest.tuning.loop import ProgressCallback, StepRecord, TrainingLoop
+from nest.tuning.loop import StepRecord, TrainingLoop
 from nest.tuning.loss import Targets, target_logits
 from nest.tuning.memory import MemoryEstimate, estimate, is_out_of_memory, saved_bytes
 from nest.tuning.optimizer import NeuronAdamW

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from nest.errors import InputError
 from nest.evaluation.evaluate import evaluate
 from nest.judging.phrases import PhraseJudge
 from nest.organism import DATA
+from nest.progress import ProgressCallback
 from nest.prompts.attacks import NO_ATTACK, TemplateAttack
 from nest.prompts.prompt_set import PromptSet, from_values
 from nest.worlds.bazaar import BAZAAR
@@ -22,8 +23,6 @@ from nest.worlds.harbour import HARBOUR
 from nest.worlds.recipe import RecipeConfig, save, train
 from nest.worlds.sets import Row, held_out_wrappers, matched_pairs, prompt_sets
 from nest.worlds.world import Words, World
-
-ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""`nest.select`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nest.api.inputs import both_kinds, config_of, resolved_batch_size
+from nest.api.models import origin_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nest.api.inputs import BatchSize, EncodeLike, Prompts
+    from nest.artifacts.unfinished import Unfinished
+    from nest.models.sites import NeuronSite
+    from nest.progress import ProgressCallback
+    from nest.selection.selection import NeuronSelection
+
+# What `auto` stands for until it is measured per machine: prompts a forward pass.
+CAPTURE_BATCH_SIZE = 32
+
+
+def select(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    unsafe: Prompts | None = None,
+    safe: Prompts | None = None,
+    pairs: str | Path | Sequence[tuple[str, str]] | None = None,
+    layout: Sequence[NeuronSite] | None = None,
+    encode: EncodeLike | None = None,
+    system: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    batch_size: BatchSize = "auto",
+    progress: ProgressCallback | None = None,
+    warn: Callable[[str], None] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    work: str | Path | Unfinished | None = None,
+    **settings: Any,
+) -> NeuronSelection:
+    """Find the neurons that tell unsafe prompts from safe ones, and group them.
+
+        selection = nest.select(model, tokenizer, unsafe=[...], safe=[...], z_threshold=3.0)
+
+    Args:
+        model: Any `nn.Module`; a transformers model needs nothing else but its tokenizer.
+        tokenizer: For its chat template.
+        unsafe: Prompts to be refused: a file, a named set, or strings.
+        safe: Prompts to be answered, about as many.
+        pairs: Instead of both: matched (unsafe, safe) pairs, or a file with these two columns.
+        layout: Where a custom model's neurons are.
+        encode: Instead of the tokenizer: text to token ids, or an `Encoder`.
+        system: System prompt put before every prompt that has none of its own.
+        template_kwargs: Switches of the chat template, such as `{"enable_thinking": False}`.
+        batch_size: Prompts a forward pass.
+        progress: Called with stage, steps done, steps in all.
+        warn: Told about sites without neurons; by default a Python warning.
+        provenance: Added to the selection's.
+        work: Folder that keeps what is done so far: should the process end, the same call with the same
+            folder goes on from there. It is gone when the call returns.
+        **settings: Fields of `SelectionConfig`: z_threshold, pool, scorer, cluster_scope,
+            max_clusters, n_probe_seeds, seed, ...
+
+    Raises:
+        InputError: prompts or settings that cannot be used.
+        LayoutError: a model whose neurons cannot be found.
+        ActivationError: NaN or infinite activations.
+        SelectionError: no neuron passes the threshold.
+    """
+    import warnings
+
+    from nest.artifacts.unfinished import as_work
+    from nest.conversations.encoders import encoder_for
+    from nest.conversations.prompting import Prompting
+    from nest.models.layouts import find_sites
+    from nest.models.wrappers import uncompiled
+    from nest.selection.config import SelectionConfig
+    from nest.selection.select import select_neurons
+
+    config = config_of(SelectionConfig, settings)
+    model = uncompiled(model)
+    unsafe_set, safe_set = both_kinds(unsafe, safe, pairs)
+    warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
+    with as_work(work, warn) as kept:
+        selection = select_neurons(
+            model,
+            encoder_for(model, tokenizer, encode, system, template_kwargs),
+            unsafe=unsafe_set,
+            safe=safe_set,
+            sites=find_sites(model, layout),
+            config=config,
+            paired=pairs is not None,
+            batch_size=resolved_batch_size(batch_size, CAPTURE_BATCH_SIZE),
+            progress=progress,
+            warn=warn,
+            work=kept,
+        )
+    origin = {**origin_of(model, tokenizer), **(provenance or {})}
+    prompting = Prompting.of(tokenizer, system, template_kwargs).to_dict()
+    return replace(selection, provenance={**origin, **selection.provenance, "prompting": prompting})
