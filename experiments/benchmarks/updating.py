@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from experiments.benchmarks.arms import LEARNING_RATE, masked_weights
 from experiments.benchmarks.gates import fill
 from experiments.benchmarks.shapes import Shape
-from nest.models.sites import read_rows, site_weight
+from nest.models.binding import bind
+from nest.models.sites import read_rows
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.update import ClusterUpdate, trainable
 from nest_kernels.neuron_adamw import updated_rows
@@ -52,7 +53,7 @@ def _step_is_right(model: nn.Module, update: ClusterUpdate, ours: NeuronAdamW) -
     same = bool(torch.allclose(twin, update.packed, rtol=1e-5, atol=1e-7))
     for site, rows in zip(update.sites, update.rows, strict=True):
         place = site.part.site
-        found = read_rows(site_weight(model, place), place, site.part.neurons)
+        found = read_rows(bind(model, place).weight, place, site.part.neurons)
         expected = updated_rows(rows.originals, site.vectors, rows.clusters, site.loadings)
         same &= torch.equal(found, expected)
     return same

@@ -21,10 +21,11 @@ from nest.conversations.batches import bucketed_batches
 from nest.conversations.conversation import Prompt, as_conversation
 from nest.conversations.encoders import Encoder
 from nest.errors import ActivationError, InputError, LayoutError
+from nest.models.binding import bind_all
 from nest.models.calls import run_model
 from nest.models.modes import eval_mode
 from nest.models.partial import run_until
-from nest.models.sites import NeuronSite, site_module
+from nest.models.sites import NeuronSite
 from nest.progress import ProgressCallback
 
 
@@ -258,8 +259,8 @@ def hooked(model: nn.Module, sites: Sequence[NeuronSite], pool: Pool) -> Iterato
         return hook
 
     by_module: dict[nn.Module, list[NeuronSite]] = {}
-    for site in sites:
-        by_module.setdefault(site_module(model, site), []).append(site)
+    for bound in bind_all(model, sites):
+        by_module.setdefault(bound.module, []).append(bound.site)
     with eval_mode(model):
         try:
             for module, own in by_module.items():

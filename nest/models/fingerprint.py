@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nest.models.sites import NeuronSite, site_weight
+from nest.models.binding import bind_all
+from nest.models.sites import NeuronSite
 from nest.models.wrappers import named_buffers, named_parameters, unwrapped
 
 CONFIG_KEYS = (
@@ -84,7 +85,7 @@ def fingerprint(model: nn.Module, sites: Sequence[NeuronSite]) -> ModelFingerpri
     Raises:
         LayoutError: the model does not have one of the sites.
     """
-    weights = {site.parameter: site_weight(model, site) for site in sites}
+    weights = {bound.site.parameter: bound.weight for bound in bind_all(model, sites)}
     dtypes = sorted({dtype_name(weight.dtype) for weight in weights.values()})
     hashes = {name: tensor_hash(weight) for name, weight in weights.items()}
     return ModelFingerprint(config_hash(model), hashes, ",".join(dtypes))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from nest.errors import LayoutError
+from nest.models.binding import FLOATS, bind_all
 from nest.models.blocks import enclosing_blocks
-from nest.models.sites import NeuronSite, site_module, site_weight
+from nest.models.sites import NeuronSite
 from nest.models.wrappers import named_modules, named_parameters
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -213,19 +213,18 @@ def _check_weights(model: nn.Module, sites: Sequence[NeuronSite]) -> None:
         )
     parameters = dict(named_parameters(model, remove_duplicate=False))
     taken: dict[int, list[NeuronSite]] = {}
-    for site in sites:
-        weight = site_weight(model, site)
+    for bound in bind_all(model, sites):
+        site, module, weight = bound.site, bound.module, bound.weight
         if weight.device.type == "meta":
             raise LayoutError(
                 f"{site.parameter} is on the meta device (offloaded); load the model with a device "
                 "or device_map that holds all of it"
             )
-        if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if weight.dtype not in FLOATS:
             raise LayoutError(
                 f"{site.parameter} is {weight.dtype}; its rows cannot take an update. Load the "
                 "model unquantised, with dtype bfloat16, float16 or float32"
             )
-        module = site_module(model, site)
         transposed = type(module).__name__ == "Conv1D"
         if site.axis != int(transposed) and (transposed or isinstance(module, nn.Linear)):
             raise LayoutError(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from nest.errors import LayoutError
-from nest.models.wrappers import submodule
 
 _COUNTS = ("layer", "length", "axis", "offset")
 
@@ -63,46 +63,20 @@ class NeuronSite:
         """Plain values for a manifest."""
         return asdict(self)
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> NeuronSite:
+        """Read what `to_dict` wrote, in this version or one before: fields that are missing have their
+        defaults, and entries that are none of a site's are left alone.
 
-def site_module(model: nn.Module, site: NeuronSite) -> nn.Module:
-    """The module a site's hooks go on.
-
-    Raises:
-        LayoutError: the model has no module of that path.
-    """
-    try:
-        return submodule(model, site.module)
-    except AttributeError:
-        raise LayoutError(
-            f"the model has no module {site.module!r}; describe its projections with "
-            "layout=[nest.NeuronSite(layer, projection, module, length), ...]"
-        ) from None
-
-
-def site_weight(model: nn.Module, site: NeuronSite) -> Tensor:
-    """The weight whose rows (or columns) are the site's neurons, checked against the site.
-
-    Raises:
-        LayoutError: missing, not two-dimensional, or too small for the site's neurons.
-    """
-    module = site_module(model, site)
-    weight = getattr(module, site.tensor, None)
-    if not isinstance(weight, Tensor):
-        raise LayoutError(
-            f"{site.module} has no tensor {site.tensor!r}; name the weight with "
-            "NeuronSite(tensor=...)"
-        )
-    if weight.ndim != 2 or site.axis not in (0, 1):
-        raise LayoutError(
-            f"{site.parameter} has shape {tuple(weight.shape)} and axis {site.axis}; "
-            "a site needs a two-dimensional weight and axis 0 or 1"
-        )
-    if site.offset < 0 or site.length < 1 or site.offset + site.length > weight.shape[site.axis]:
-        raise LayoutError(
-            f"{site.parameter} has {weight.shape[site.axis]} neurons along axis {site.axis}, but "
-            f"the site asks for {site.offset} to {site.offset + site.length}"
-        )
-    return weight
+        Raises:
+            KeyError: a field without a default is missing.
+            LayoutError: a value of another type.
+        """
+        known = {field.name: field for field in fields(NeuronSite)}
+        needed = [name for name, field in known.items() if field.default is MISSING]
+        given = {name: values[name] for name in needed}
+        given |= {name: values[name] for name in known if name in values}
+        return NeuronSite(**given)
 
 
 def neuron_view(weight: Float[Tensor, "R C"], site: NeuronSite) -> Float[Tensor, "F D"]:

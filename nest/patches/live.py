@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nest.errors import LayoutError, PatchError
-from nest.models.sites import neuron_view, site_weight
+from nest.models.binding import bind
+from nest.models.sites import neuron_view
 from nest.selection.selection import NeuronSelection
 
 # Odd constants of about 64 bits, so that every bit of a row and its place tell in the checksum.
@@ -129,7 +130,7 @@ def touched_weights(model: nn.Module, selection: NeuronSelection) -> dict[str, T
     weights: dict[str, Tensor] = {}
     for part in selection.sites:
         try:
-            weight = site_weight(model, part.site)
+            weight = bind(model, part.site).weight
         except LayoutError as fault:
             raise PatchError(f"the patch is of another model: {fault}") from None
         if weight.shape[1 - part.site.axis] != part.width:

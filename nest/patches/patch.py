@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from nest.artifacts.provenance import package_versions
 from nest.errors import PatchError
+from nest.models.binding import bind
 from nest.models.fingerprint import ModelFingerprint, config_hash, dtype_name, tensor_hash
-from nest.models.sites import read_rows, site_weight, write_rows
+from nest.models.sites import read_rows, write_rows
 from nest.patches.archive import read_patch, write_patch
 from nest.patches.live import LiveBatch, LiveRows, checksum, touched_weights
 from nest.patches.rows import delta_rows, pack_revert_bits, unpack_original_rows
@@ -101,7 +102,7 @@ class NeuronPatch:
         places = _places(parts)
         before = after = 0
         for parameter, touched in _by_parameter(parts).items():
-            weight = site_weight(model, touched[0].site).detach().cpu().clone()
+            weight = bind(model, touched[0].site).weight.detach().cpu().clone()
             dtypes.add(dtype_name(weight.dtype))
             for part in touched if originals is not None else ():
                 assert originals is not None

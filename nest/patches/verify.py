@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nest.errors import InputError
+from nest.models.binding import bind
 from nest.models.calls import logits_of, run_model
 from nest.models.fingerprint import tensor_hash
 from nest.models.loading import check_checkpoint, load_weights
 from nest.models.modes import eval_mode
-from nest.models.sites import site_weight
 from nest.models.wrappers import named_buffers, named_parameters
 from nest.patches.checkpoint import (
     base_folder,
@@ -192,7 +192,7 @@ def _rows_that_differ(first: Tensor, second: Tensor, axis: int) -> Bool[Tensor, 
 
 
 def _touched(model: nn.Module, patch: NeuronPatch) -> dict[str, Tensor]:
-    return {name: site_weight(model, parts[0].site) for name, parts in patch.parameters.items()}
+    return {name: bind(model, parts[0].site).weight for name, parts in patch.parameters.items()}
 
 
 def _hashes(model: nn.Module, patch: NeuronPatch) -> dict[str, str]:

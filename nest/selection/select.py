@@ -15,6 +15,7 @@ from nest.activations.capture import Activations, capture
 from nest.artifacts.unfinished import Unfinished
 from nest.conversations.encoders import Encoder, rendered_hash
 from nest.errors import InputError, NestError, SelectionError
+from nest.models.binding import bind
 from nest.models.fingerprint import fingerprint, weights_hash
 from nest.models.sites import NeuronSite
 from nest.progress import ProgressCallback
@@ -22,7 +23,7 @@ from nest.prompts.prompt_set import PromptSet
 from nest.selection.clusters import MAX_CLUSTERS, cluster_neurons, standardised
 from nest.selection.config import SelectionConfig, in_range, range_text
 from nest.selection.probe import check_labels, contrast, fit_probe, z_scores
-from nest.selection.selection import NeuronSelection, SiteSelection, site_width
+from nest.selection.selection import NeuronSelection, SiteSelection
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ def _cluster(
             room = (
                 entry.site.name
                 if config.cluster_scope == "projection"
-                else (f"layer {entry.site.layer}, width {site_width(model, entry.site)}")
+                else (f"layer {entry.site.layer}, width {bind(model, entry.site).width}")
             )
             rooms.setdefault(room, []).append(entry)
     parts, silhouettes = [], []
@@ -336,7 +337,7 @@ def _cluster(
                     neurons=torch.from_numpy(entry.neurons),
                     scores=torch.from_numpy(entry.z[entry.neurons]).float(),
                     clusters=torch.from_numpy(found.labels[first : first + n]),
-                    width=site_width(model, entry.site),
+                    width=bind(model, entry.site).width,
                     group=room,
                     n_clusters=found.n_clusters,
                     profiles=_sampled(profiles[entry.site.name], config.max_profile_prompts),

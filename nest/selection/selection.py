@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nest.artifacts.storage import check_sealed, read_manifest, read_tensors, write_artifact
 from nest.errors import SelectionError
+from nest.models.binding import bind
 from nest.models.fingerprint import ModelFingerprint, fingerprint
 from nest.models.layouts import find_sites
-from nest.models.sites import NeuronSite, site_weight
+from nest.models.sites import NeuronSite
 from nest.selection.config import UpdateForm, in_range, range_text
 
 FORMAT_VERSION = "1.1"
@@ -176,7 +177,7 @@ class NeuronSelection:
                     neurons=ids,
                     scores=torch.zeros(len(neurons)),
                     clusters=labels,
-                    width=site_width(model, sites[name]),
+                    width=bind(model, sites[name]).width,
                     group=name,
                     n_clusters=int(labels.max()) + 1 if labels.numel() else 0,
                 )
@@ -282,10 +283,9 @@ class NeuronSelection:
         try:
             parts = []
             for i, entry in enumerate(manifest["sites"]):
-                fields = {name: entry[name] for name in NeuronSite.__dataclass_fields__}
                 parts.append(
                     SiteSelection(
-                        site=NeuronSite(**fields),
+                        site=NeuronSite.from_dict(entry),
                         neurons=tensors[f"{i}.neurons"].to(torch.int64),
                         scores=tensors[f"{i}.scores"].float(),
                         clusters=tensors[f"{i}.clusters"].to(torch.int64),
@@ -323,8 +323,3 @@ def tensor_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     except (KeyError, TypeError, ValueError) as fault:
         raise SelectionError(f"manifest.json lacks or garbles the entry {fault}") from None
     return shapes
-
-
-def site_width(model: nn.Module, site: NeuronSite) -> int:
-    """Length D of the weight vectors of a site's neurons."""
-    return int(site_weight(model, site).shape[1 - site.axis])

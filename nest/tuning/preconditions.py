@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from nest.errors import InputError, SelectionError
+from nest.models.binding import BoundSite
 from nest.models.fingerprint import config_hash, fingerprint
-from nest.models.sites import site_module
 from nest.models.wrappers import wrapped_in
 from nest.selection.selection import NeuronSelection
 from nest.tuning.config import UpdateMode
 from nest_kernels.backend import VARIABLE, use_triton
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
@@ -47,48 +46,46 @@ def check_not_distributed(model: nn.Module) -> None:
         )
 
 
-def check_writable(model: nn.Module, selection: NeuronSelection) -> None:
+def check_writable(model: nn.Module, bound: Sequence[BoundSite]) -> None:
     """The rows can be written, and nothing but the sites' own modules computes with them.
 
     Raises:
         SelectionError: a weight that is tied to another module, quantised or elsewhere.
     """
     owners: dict[int, str] = {}
-    modules = {site_module(model, part.site) for part in selection.sites}
+    modules = {one.module for one in bound}
     for path, module in model.named_modules():
         for name, parameter in (
             module.named_parameters(recurse=False) if module not in modules else ()
         ):
             owners[id(parameter)] = f"{path}.{name}"
-    for part in selection.sites:
-        weight = getattr(site_module(model, part.site), part.site.tensor, None)
+    for one in bound:
+        weight, name = one.held, one.site.parameter
         if id(weight) in owners:
             raise SelectionError(
-                f"{part.site.parameter} is tied to {owners[id(weight)]}: writing its rows would change "
+                f"{name} is tied to {owners[id(weight)]}: writing its rows would change "
                 "that module, too. Untie them, or train with mode='branch' (nest tune --mode branch)"
             )
-        if isinstance(weight, Tensor) and not is_plain(weight):
+        if isinstance(weight, Tensor) and not one.is_plain:
             what = "on the meta device" if weight.device.type == "meta" else f"{weight.dtype}"
             if type(weight) not in (Tensor, nn.Parameter):
                 what += f", a {type(weight).__name__}"
             raise SelectionError(
-                f"{part.site.parameter} is {what}: its rows cannot be written. Load the model "
+                f"{name} is {what}: its rows cannot be written. Load the model "
                 "unquantised and with its weights in memory, or train with mode='branch' "
                 "(nest tune --mode branch)"
             )
 
 
-def check_same_model(model: nn.Module, selection: NeuronSelection, mode: UpdateMode) -> None:
+def check_same_model(
+    model: nn.Module, selection: NeuronSelection, bound: Sequence[BoundSite], mode: UpdateMode
+) -> None:
     """Same architecture, and the same bits in every weight that can be read.
 
     Raises:
         SelectionError: it is another model, or its weights have another dtype.
     """
-    readable = [
-        part.site
-        for part in selection.sites
-        if is_plain(getattr(site_module(model, part.site), part.site.tensor, None))
-    ]
+    readable = [one.site for one in bound if one.is_plain]
     base = fingerprint(model, readable) if readable else selection.base
     if mode == "live" and base.dtype != selection.base.dtype:
         raise SelectionError(
@@ -105,17 +102,6 @@ def check_same_model(model: nn.Module, selection: NeuronSelection, mode: UpdateM
             "the selection was made on another model, or on this one before its weights changed; run "
             "`nest select` on this model"
         )
-
-
-def is_plain(weight: object) -> bool:
-    """Whether a weight's rows can be read and written: in memory, whole and in a float format."""
-    return (
-        isinstance(weight, Tensor)
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type != "meta"
-        and weight.dtype in _FLOATS
-        and weight.ndim == 2
-    )
 
 
 def check_backend(packed: Tensor) -> None:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nest.errors import ActivationError, InputError, LayoutError, SelectionError
-from nest.models.sites import neuron_view, read_rows, site_module, site_weight, write_rows
-from nest.models.wrappers import submodule, unwrapped
+from nest.models.binding import BoundSite, bind_all
+from nest.models.wrappers import unwrapped
 from nest.patches.patch import NeuronPatch
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
@@ -26,7 +26,6 @@ from nest.tuning.preconditions import (
     check_same_model,
     check_settings,
     check_writable,
-    is_plain,
 )
 from nest_kernels.cluster_grad import Members
 from nest_kernels.neuron_adamw import SiteRows, SiteTable, takes_kernel, write_updated_rows
@@ -45,7 +44,7 @@ class SiteUpdate:
 
     Attributes:
         part: The chosen neurons.
-        module: Whose output they are.
+        bound: Where they are in the model.
         vectors: U of the site's group, (K, D): shares its memory with the packed parameters, and
             sends them its gradient.
         loadings: s, (N,), likewise; None in the shared form.
@@ -54,11 +53,16 @@ class SiteUpdate:
     """
 
     part: SiteSelection
-    module: nn.Module
+    bound: BoundSite
     vectors: Float[Tensor, "K D"]
     loadings: Float[Tensor, " N"] | None
     members: Members
     rows: SiteRows | None
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose output the neurons are."""
+        return self.bound.module
 
 
 class ClusterUpdate:
@@ -82,6 +86,7 @@ class ClusterUpdate:
         self,
         model: nn.Module,
         selection: NeuronSelection,
+        bound: Sequence[BoundSite],
         form: UpdateForm,
         mode: UpdateMode,
         seed: int,
@@ -95,17 +100,16 @@ class ClusterUpdate:
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(n - self.n_vector_parameters, generator=generator)
             values[self.n_vector_parameters :] = 1.0 + LOADING_NOISE * noise
-        home = _device_of(site_module(model, selection.sites[0].site), model)
-        self.packed = nn.Parameter(values.to(home))
+        self.bound = tuple(bound)
+        self.packed = nn.Parameter(values.to(self.bound[0].device(model)))
         check_backend(self.packed)
         self._vector_parts, self._loading_parts = self._partition()
         self.sites = tuple(self._site_updates())
         self._rows = SiteTable(site.rows for site in self.sites if site.rows is not None)
         self._places = [
-            (site, weight := site_weight(model, site.part.site), weight.data_ptr())
-            for site in (self.sites if mode == "live" else ())
+            (one, weight := one.weight, weight.data_ptr())
+            for one in (self.bound if mode == "live" else ())
         ]
-        self._parents = [_parent_of(model, site.part.site.module) for site in self.sites]
         self._memory = self.packed.data_ptr()
         # The values that the rows hold; the last finite ones, should the update break.
         self._written = self.packed.detach().clone()
@@ -133,12 +137,11 @@ class ClusterUpdate:
         loadings = dict(
             zip(names[len(vectors) :], slices[len(vectors) :], strict=True)
         )  # a site may be its own group: the names of both kinds overlap
-        for part in self.selection.sites:
-            module = site_module(self.model, part.site)
-            home = _device_of(module, self.model)
+        for part, bound in zip(self.selection.sites, self.bound, strict=True):
+            home = bound.device(self.model)
             yield SiteUpdate(
                 part=part,
-                module=module,
+                bound=bound,
                 vectors=vectors[part.group],
                 loadings=loadings.get(part.site.name),
                 members=Members.of(
@@ -146,16 +149,16 @@ class ClusterUpdate:
                     part.clusters.to(home),
                     part.n_clusters,
                 ),
-                rows=self._site_rows(part) if self.mode == "live" else None,
+                rows=self._site_rows(part, bound) if self.mode == "live" else None,
             )
 
-    def _site_rows(self, part: SiteSelection) -> SiteRows:
-        weight = site_weight(self.model, part.site)
+    def _site_rows(self, part: SiteSelection, bound: BoundSite) -> SiteRows:
+        view = bound.view()
         loading = self._loading_parts.get(part.site.name)
         return SiteRows(
-            weight=neuron_view(weight, part.site),
-            neurons=part.neurons.to(weight.device),
-            originals=read_rows(weight, part.site, part.neurons),
+            weight=view,
+            neurons=part.neurons.to(view.device),
+            originals=bound.read(part.neurons),
             clusters=part.clusters.to(self.packed.device),
             n_clusters=part.n_clusters,
             first_vector=self._vector_parts[part.group].first,
@@ -174,13 +177,12 @@ class ClusterUpdate:
             InputError: in branch mode weights cannot be read; give a learning rate.
         """
         if not self._rows:
-            parts = [(site.part, site.module) for site in self.sites]
-            if not all(is_plain(getattr(module, p.site.tensor, None)) for p, module in parts):
+            if not all(one.is_plain for one in self.bound):
                 raise InputError(
                     "the weights are quantised or elsewhere, so that no learning rate can be derived "
                     "from them; give one (--learning-rate)"
                 )
-            rows = [read_rows(getattr(m, p.site.tensor), p.site, p.neurons) for p, m in parts]
+            rows = [site.bound.read(site.part.neurons) for site in self.sites]
         else:
             rows = [site.originals for site in self._rows]
         squares = sum(float(values.float().square().sum()) for values in rows)
@@ -213,10 +215,10 @@ class ClusterUpdate:
         Raises:
             SelectionError: a weight that is quantised or elsewhere.
         """
-        for site in self.sites:
-            if not is_plain(getattr(site.module, site.part.site.tensor, None)):
+        for one in self.bound:
+            if not one.is_plain:
                 raise SelectionError(
-                    f"{site.part.site.parameter} is quantised or elsewhere: a patch changes plain "
+                    f"{one.site.parameter} is quantised or elsewhere: a patch changes plain "
                     "weights. Train in nest.trainable(mode='branch') and take "
                     "update.patch(base=the unquantised model)"
                 )
@@ -238,17 +240,16 @@ class ClusterUpdate:
                 "the update's parameter was moved to other memory while it was being trained; keep "
                 "its own memory (copy_ into it), and put the model on its device before nest.trainable"
             )
-        for site, (parent, name) in zip(self.sites, self._parents, strict=True):
-            if parent._modules.get(name, site.module) is not site.module:
+        for one in self.bound:
+            if not one.is_in_place:
                 raise SelectionError(
-                    f"the module {site.part.site.module} was replaced while its update was being "
+                    f"the module {one.site.module} was replaced while its update was being "
                     "trained; change the model before nest.trainable"
                 )
-        for site, weight, address in self._places:
-            current = getattr(site.module, site.part.site.tensor, None)
-            if current is not weight or weight.data_ptr() != address:
+        for one, weight, address in self._places:
+            if one.held is not weight or weight.data_ptr() != address:
                 raise SelectionError(
-                    f"{site.part.site.parameter} was replaced or moved while its update was being "
+                    f"{one.site.parameter} was replaced or moved while its update was being "
                     "trained; put the model on its device and into its dtype before nest.trainable"
                 )
 
@@ -260,7 +261,7 @@ class ClusterUpdate:
         """
         with self.removed(), self._unregistered():
             try:
-                check_same_model(self.model, self.selection, self.mode)
+                check_same_model(self.model, self.selection, self.bound, self.mode)
             except SelectionError as fault:
                 raise SelectionError(
                     "the weights that were loaded are not those of this model and this selection, and "
@@ -331,8 +332,7 @@ class ClusterUpdate:
         if self._ended:
             return
         for site, rows in zip(self.sites, self._rows, strict=False):
-            place = site.part.site
-            write_rows(getattr(site.module, place.tensor), place, rows.neurons, rows.originals)
+            site.bound.write(rows.neurons, rows.originals)
 
     @contextmanager
     def removed(self) -> Iterator[None]:
@@ -405,7 +405,8 @@ class ClusterUpdate:
         # Hooks are functions and no methods: a deep copy of the model would copy the methods' update.
         function = ThroughRows if self.mode == "live" else AddBranch
         handles = [
-            site.module.register_forward_hook(self._hook(site, function)) for site in self.sites
+            site.module.register_forward_hook(self._hook(site, function))
+            for site in self.sites
         ]
 
         def after_loading(module: nn.Module, _keys: Any) -> None:
@@ -535,15 +536,16 @@ def trainable(
     check_settings(update, mode, dtype)
     check_not_distributed(model)
     model = unwrapped(model)
-    modules = {site_module(model, part.site): None for part in selection.sites}
+    bound = bind_all(model, (part.site for part in selection.sites))
+    modules = {one.module: None for one in bound}
     if any(hasattr(module, _MARK) for module in model.modules()):
         raise InputError("this model has a trainable update already; leave that block first")
     if mode == "live":
-        check_writable(model, selection)
-    check_same_model(model, selection, mode)
+        check_writable(model, bound)
+    check_same_model(model, selection, bound, mode)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    live = ClusterUpdate(model, selection, update, mode, seed, dtype)
+    live = ClusterUpdate(model, selection, bound, update, mode, seed, dtype)
     try:
         for module in modules:
             setattr(module, _MARK, True)
@@ -569,20 +571,6 @@ def is_finite(values: Tensor) -> bool:
     takes 600.
     """
     return math.isfinite(values.detach().sum().item())
-
-
-def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
-    """Where a module computes: its own weights' device, or that of the model's where it has none."""
-    for parameter in (*module.parameters(recurse=False), *model.parameters()):
-        if parameter.device.type != "meta":
-            return parameter.device
-    return torch.device("cpu")
-
-
-def _parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the one at this path, and its name there."""
-    parent, _, name = path.rpartition(".")
-    return submodule(model, parent), name
 
 
 def _mean_over_ranks(grad: Tensor) -> Tensor:

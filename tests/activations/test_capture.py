@@ -27,8 +27,9 @@ from nest.activations.config import Pool
 from nest.activations.pooling import pool_tokens
 from nest.conversations.encoders import CallableEncoder
 from nest.errors import ActivationError, InputError, LayoutError
+from nest.models.binding import bind
 from nest.models.layouts import find_sites
-from nest.models.sites import NeuronSite, site_module
+from nest.models.sites import NeuronSite
 
 PROMPTS = [*UNSAFE[:9], *SAFE[:9]]
 POOLS: tuple[Pool, ...] = ("max", "mean", "last")
@@ -41,7 +42,7 @@ def alone(model: nn.Module, family: str, pool: Pool) -> list[np.ndarray]:
     for prompt in PROMPTS:
         seen: dict[str, Tensor] = {}
         handles = [
-            site_module(model, site).register_forward_hook(
+            bind(model, site).module.register_forward_hook(
                 lambda _m, _i, output, site=site, seen=seen: seen.__setitem__(
                     site.name,
                     output.flatten(0, -2)[:, site.offset : site.offset + site.length].double(),
@@ -165,7 +166,7 @@ def test_a_lone_negative_infinity_is_seen_below_the_maximum(batch_size: int) -> 
     spoilt, word = next(
         (prompt, token) for prompt, ids in encoded.items() for token in ids if said[token] == 1
     )
-    last = site_module(model, sites[-1])
+    last = bind(model, sites[-1]).module
     tokens: list[Tensor] = []
     embed = model.get_input_embeddings().register_forward_hook(
         lambda _m, inputs, _o: tokens.append(inputs[0])
@@ -191,7 +192,7 @@ def test_padding_that_is_not_finite_is_no_fault() -> None:
     embed = model.get_input_embeddings().register_forward_hook(
         lambda _m, inputs, _o: seen.append(inputs[0])
     )
-    spoil = site_module(model, sites[-1]).register_forward_hook(
+    spoil = bind(model, sites[-1]).module.register_forward_hook(
         lambda _m, _i, output: output.masked_fill(
             (seen[-1] == encoder.pad_id)[..., None], float("nan")
         )

@@ -10,8 +10,9 @@ from families import GATED, LAYERS, PLAIN, D, F, build
 from torch import nn
 
 from nest.errors import LayoutError
+from nest.models.binding import bind
 from nest.models.layouts import find_sites
-from nest.models.sites import NeuronSite, read_rows, site_module, site_weight, write_rows
+from nest.models.sites import NeuronSite, read_rows, write_rows
 
 
 @pytest.mark.parametrize("family", GATED)
@@ -36,13 +37,13 @@ def test_a_sites_module_puts_out_its_neurons(family: str) -> None:
     model = build(family)
     for site in find_sites(model):
         outputs: list[torch.Tensor] = []
-        hook = site_module(model, site).register_forward_hook(
+        hook = bind(model, site).module.register_forward_hook(
             lambda _m, _i, output, outputs=outputs: outputs.append(output)
         )
         model(torch.tensor([[1, 5, 6]]))
         hook.remove()
         assert outputs[0].shape[-1] == site.length
-        assert site_weight(model, site).shape == (F, D)
+        assert bind(model, site).weight.shape == (F, D)
 
 
 @pytest.mark.parametrize(

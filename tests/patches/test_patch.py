@@ -10,8 +10,9 @@ from tiny_patches import F, build, make_patch, select
 from torch import Tensor, nn
 
 from nest.errors import PatchError
+from nest.models.binding import bind
 from nest.models.fingerprint import fingerprint, tensor_hash, tokenizer_hash
-from nest.models.sites import read_rows, site_weight
+from nest.models.sites import read_rows
 from nest.patches.patch import NeuronPatch
 
 State = Callable[[nn.Module], dict[str, Tensor]]
@@ -51,7 +52,7 @@ def test_fold_changes_the_selected_rows_by_delta_and_nothing_else(
         assert differs.nonzero().flatten().tolist() == rows
     for part in patch.selection.sites:
         old = before[part.site.parameter][part.neurons]
-        new = read_rows(site_weight(model, part.site), part.site, part.neurons)
+        new = read_rows(bind(model, part.site).weight, part.site, part.neurons)
         assert torch.equal(new, old + patch.delta(part.site.name))
 
 
@@ -117,7 +118,7 @@ def test_damaged_revert_bits_leave_the_model_as_it_was(
 def test_create_from_live_rows_equals_create_from_originals(model: nn.Module) -> None:
     patch = make_patch(model)
     originals = {
-        p.site.name: read_rows(site_weight(model, p.site), p.site, p.neurons)
+        p.site.name: read_rows(bind(model, p.site).weight, p.site, p.neurons)
         for p in patch.selection.sites
     }
     patch.fold_into(model)

@@ -23,7 +23,7 @@ from tiny_models import (
 from torch import nn
 
 from nest.errors import InputError, LayoutError, SelectionError
-from nest.models.sites import site_weight
+from nest.models.binding import bind
 from nest.selection.config import UpdateForm
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.update import trainable
@@ -268,11 +268,11 @@ def test_what_cannot_be_trained_is_refused_and_left_alone() -> None:
     ):
         pass
     with torch.no_grad():
-        site_weight(model, selection.sites[0].site)[0, 0] += 1  # a row that is not even selected
+        bind(model, selection.sites[0].site).weight[0, 0] += 1  # a row that is not even selected
     with pytest.raises(SelectionError, match="weights changed"), trainable(model, selection):
         pass
     with torch.no_grad():
-        site_weight(model, selection.sites[0].site).copy_(before[selection.sites[0].site.parameter])
+        bind(model, selection.sites[0].site).weight.copy_(before[selection.sites[0].site.parameter])
     assert same_bits(before, state_of(model))
 
 
