@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks.shapes import Shape
+from nest.conversations.answers import target_logits
 from nest.models.blocks import blocks_of
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection
 from nest.tuning.config import UpdateMode
 from nest.tuning.dialogues import MicroBatch
-from nest.tuning.loss import target_logits, tuning_loss
+from nest.tuning.loss import tuning_loss
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.prefix import FrozenPrefix
 from nest.tuning.update import trainable

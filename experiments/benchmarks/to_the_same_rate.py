@@ -17,12 +17,12 @@ import torch
 
 from experiments.worlds.conditions import Z_THRESHOLDS
 from experiments.worlds.run import World
-from nest.methods.lora import tuned_lora
+from nest.methods.lora import Lora
+from nest.methods.method import Method, Subject, TrainingData
+from nest.methods.neurons import Neurons
 from nest.models.sites import NeuronSite
 from nest.selection.config import SelectionConfig
-from nest.selection.select import select_neurons
 from nest.tuning.config import TuningConfig
-from nest.tuning.tune import tune_update
 
 TARGET = 0.05
 MOST_OVER_REFUSAL, LEAST_EXACT_MATCH = 0.01, 0.99
@@ -89,42 +89,27 @@ def _is_good(found: dict[str, Any]) -> bool:
 
 
 def _nest(world: World, config: TuningConfig) -> tuple[float, dict[str, Any]]:
-    started = time.perf_counter()
-    selection = select_neurons(
-        world.model,
-        world.encoder,
-        unsafe=world.prompt_set("unsafe"),
-        safe=world.prompt_set("safe"),
-        sites=world.sites,
-        config=SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=config.seed),
-    )
-    result = tune_update(world.model, world.encoder, selection, **_data(world), config=config)
-    result.patch.fold_into(world.model)
-    took = time.perf_counter() - started
-    found = world.measure(world.model)
-    result.patch.revert(world.model)
-    return took, found
+    selecting = SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=config.seed)
+    return _timed(world, Neurons(selecting, config), world.sites)
 
 
 def _lora(world: World, config: TuningConfig) -> tuple[float, dict[str, Any]]:
     down = [_down(site) for site in world.sites if site.projection == "gate_proj"]
+    return _timed(world, Lora(LORA_RANK, config), (*world.sites, *down))
+
+
+def _timed(
+    world: World, method: Method, sites: tuple[NeuronSite, ...]
+) -> tuple[float, dict[str, Any]]:
+    """Seconds until the treated model is there, and what it does."""
+    sets = (world.prompt_set(name) for name in ("harmful", "benign", "unsafe", "safe"))
+    data = TrainingData(*sets)
     started = time.perf_counter()
-    with tuned_lora(
-        world.model,
-        world.encoder,
-        [*world.sites, *down],
-        rank=LORA_RANK,
-        **_data(world),
-        config=config,
-    ) as (adapted, _):
+    with method.applied(Subject(world.model, world.encoder, sites), data) as treated:
         took = time.perf_counter() - started
-        return took, world.measure(adapted)
+        return took, world.measure(treated.model)
 
 
 def _down(site: NeuronSite) -> NeuronSite:
     """The down projection beside a gate; LoRA needs its module's path only."""
     return replace(site, module=site.module.replace("gate_proj", "down_proj"))
-
-
-def _data(world: World) -> dict[str, Any]:
-    return {"harmful": world.prompt_set("harmful"), "benign": world.prompt_set("benign")}

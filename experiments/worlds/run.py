@@ -24,7 +24,9 @@ from nest.conversations.encoders import ChatEncoder
 from nest.evaluation.evaluate import evaluate
 from nest.evaluation.report import EvalReport
 from nest.judging.phrases import PhraseJudge
-from nest.methods.lora import tuned_lora
+from nest.methods.lora import Lora
+from nest.methods.method import Method, Subject, TrainingData
+from nest.methods.neurons import Neurons
 from nest.models.layouts import find_sites
 from nest.models.loading import load_model
 from nest.organism import DATA
@@ -32,9 +34,7 @@ from nest.prompts.attacks import NO_ATTACK, Attack, load_templates
 from nest.prompts.prompt_set import PromptSet, load_prompts
 from nest.selection.config import SelectionConfig
 from nest.selection.controls import random_clusters, random_neurons
-from nest.selection.select import select_neurons
 from nest.tuning.config import TuningConfig
-from nest.tuning.tune import tune_update
 from nest.worlds.build import build_organism, recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,46 +114,32 @@ def figures(report: EvalReport) -> dict[str, Any]:
 def run_condition(world: World, condition: Condition, seed: int) -> dict[str, Any]:
     """Select, tune and measure once; the world's model is as before afterwards."""
     config = TuningConfig(seed=seed, **condition.settings)
-    harmful, benign = world.prompt_set(condition.harmful), world.prompt_set("benign")
-    common = {"harmful": harmful, "benign": benign, "config": config}
+    selecting = SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=seed)
+    method: Method
     if condition.kind == "lora":
-        with tuned_lora(world.model, world.encoder, world.sites, rank=condition.rank, **common) as (
-            adapted,
-            trained,
-        ):
-            found = world.measure(adapted)
-        count, n_neurons = trained.trainable_parameters, None
-        steps, best, seconds = trained.steps, trained.best_step, trained.seconds
+        method = Lora(condition.rank, config)
     else:
-        selection = select_neurons(
-            world.model,
-            world.encoder,
-            unsafe=world.prompt_set("unsafe"),
-            safe=world.prompt_set("safe"),
-            sites=world.sites,
-            config=SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=seed),
-        )
-        if condition.selection == "random":
-            selection = random_neurons(selection, seed=seed)
-        elif condition.selection == "random_clusters":
-            selection = random_clusters(selection, seed=seed)
-        result = tune_update(world.model, world.encoder, selection, **common)
-        with result.patch.applied(world.model):
-            found = world.measure(world.model)
-        count, n_neurons = result.patch.trainable_parameters, selection.n_neurons
-        steps, best, seconds = result.steps, result.best_step, result.seconds
+        control = {"random": random_neurons, "random_clusters": random_clusters}
+        changed = control.get(condition.selection)
+        method = Neurons(selecting, config, changed and partial(changed, seed=seed))
+    subject = Subject(world.model, world.encoder, world.sites)
+    data = TrainingData(
+        *(world.prompt_set(name) for name in (condition.harmful, "benign", "unsafe", "safe"))
+    )
+    with method.applied(subject, data) as treated:
+        found, result = world.measure(treated.model), treated.result
     return {
         "world": world.name,
         "condition": condition.name,
         "seed": seed,
         "z_threshold": Z_THRESHOLDS[world.name],
         "config": asdict(config),
-        "trainable_parameters": count,
-        "fraction_of_model": count / world.n_parameters,
-        "neurons": n_neurons,
-        "steps": steps,
-        "best_step": best,
-        "tuning_seconds": seconds,
+        "trainable_parameters": result.trainable_parameters,
+        "fraction_of_model": result.trainable_parameters / world.n_parameters,
+        "neurons": result.more.get("neurons"),
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "tuning_seconds": result.seconds,
         **found,
     }
 

@@ -109,7 +109,7 @@ def evaluate(
             attacks=chosen,
             counted=counted,
             judge=make_judge(judge, refusal_phrases) if isinstance(judge, str) else judge,
-            patch=patch,
+            removed=None if patch is None else lambda: patch.removed(model),
             max_new_tokens=config.max_new_tokens,
             batch_size=resolved_batch_size(batch_size, GENERATION_BATCH_SIZE),
             seed=config.seed,

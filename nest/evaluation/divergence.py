@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nest.conversations.answers import kl_divergence, log_probs_of, target_logits
 from nest.conversations.batches import Batch, collate
 from nest.conversations.conversation import Prompt
 from nest.conversations.encoders import Encoder
-from nest.models.calls import logits_of, run_model
 from nest.models.modes import eval_mode
 
 TOKENS_PER_BATCH = 2048
@@ -22,19 +21,12 @@ BASE_MEMORY_BYTES = 2**28
 """Most bytes of base log-probabilities kept while the patch is out; each switch writes the rows."""
 
 
-@runtime_checkable
-class Removable(Protocol):
-    """A patch that can be taken out of a model for a while."""
-
-    def removed(self, model: nn.Module) -> AbstractContextManager[object]: ...
-
-
 @torch.no_grad()
 def kl_to_base(
     model: nn.Module,
     encoder: Encoder,
     dialogues: Sequence[tuple[Prompt, str]],
-    patch: Removable,
+    removed: Callable[[], AbstractContextManager[object]],
     batch_size: int = 256,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> float:
@@ -45,7 +37,7 @@ def kl_to_base(
 
     Args:
         dialogues: (prompt, reference answer), at least one.
-        patch: Taken out of the model for the base model's pass.
+        removed: The base model for the time of a block: `lambda: patch.removed(model)`.
         batch_size: Most dialogues in a batch.
         progress: Called as `progress("kl", dialogues done, dialogues)`.
     """
@@ -55,10 +47,10 @@ def kl_to_base(
     pending = list(_batches(encoder, dialogues, batch_size))
     with eval_mode(model):
         while pending:
-            base = _base_log_probs(model, pending, patch)
+            base = _base_log_probs(model, pending, removed)
             for batch, expected in zip(pending, base, strict=False):
                 found = _answer_log_probs(model, batch)
-                total += float((expected.exp() * (expected - found)).sum())
+                total += float(kl_divergence(expected, found))
                 count += len(expected)
                 done += len(batch.indices)
                 if progress is not None:
@@ -68,12 +60,14 @@ def kl_to_base(
 
 
 def _base_log_probs(
-    model: nn.Module, batches: Sequence[Batch], patch: Removable
+    model: nn.Module,
+    batches: Sequence[Batch],
+    removed: Callable[[], AbstractContextManager[object]],
 ) -> list[Float[Tensor, "N V"]]:
     """The base model's log-probabilities for as many of the first batches as the memory allows."""
     base: list[Tensor] = []
     memory_bytes = 0
-    with patch.removed(model):
+    with removed():
         for batch in batches:
             base.append(_answer_log_probs(model, batch))
             memory_bytes += base[-1].numel() * base[-1].element_size()
@@ -102,7 +96,4 @@ def _batches(
 def _answer_log_probs(model: nn.Module, batch: Batch) -> Float[Tensor, "N V"]:
     """Log-probabilities, fp32, at the N positions that predict an answer token."""
     device = next(model.parameters()).device
-    output = run_model(model, batch.input_ids.to(device), batch.attention_mask.to(device))
-    logits = logits_of(output)[:, :-1]  # (B, T - 1, V)
-    answers: Tensor = logits[batch.completion_mask[:, 1:].to(device)]  # (N, V)
-    return answers.float().log_softmax(-1)
+    return log_probs_of(target_logits(model, batch, device).logits)

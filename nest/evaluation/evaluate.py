@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from nest.conversations.conversation import Conversation
 from nest.conversations.encoders import Encoder, rendered_hash
 from nest.errors import InputError
 from nest.evaluation.config import Engine
-from nest.evaluation.divergence import Removable, kl_to_base
+from nest.evaluation.divergence import kl_to_base
 from nest.evaluation.metrics import clustered_interval
 from nest.evaluation.report import EvalReport, Response
 from nest.generation.static import generate_tokens
@@ -56,7 +57,7 @@ def evaluate(
     benign: PromptSet | None = None,
     attacks: Sequence[Attack] = (NO_ATTACK,),
     judge: Judge,
-    patch: Removable | None = None,
+    removed: Callable[[], AbstractContextManager[object]] | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 256,
     seed: int = 0,
@@ -75,14 +76,14 @@ def evaluate(
     bit-identical.
 
     Args:
-        model: Evaluated as it is; with `patch`, the model that carries it.
+        model: Evaluated as it is.
         encoder: Of the model.
         harmful: Requests; their responses, if any, are what compliance would say.
         borderline: Harmless requests that sound harmful, for the over-refusal rate.
         benign: Harmless dialogues, for the exact match, the benign twin and the KL.
         attacks: `resolve_attacks(...)`; the names are unique.
         judge: `make_judge(...)`, or the caller's own.
-        patch: Taken out of the model while the base model's probabilities are computed.
+        removed: The base model for the time of a block, to measure the drift from it.
         max_new_tokens, batch_size, seed, bootstrap_resamples, benign_twin_prompts, engine: As in
             `EvaluationConfig`.
         counted: Names of the attacks that the mean is over; all of them if empty.
@@ -103,7 +104,7 @@ def evaluate(
     requests = _requests(harmful, borderline, benign, attacks, benign_twin_prompts)
     encoded = [_encoded(encoder, request) for request in requests]
     rendered = rendered_hash(encoded)
-    if patch is not None and benign is not None:
+    if removed is not None and benign is not None:
         for asked, answer in benign.chats():  # what cannot be a dialogue is said before the work
             encoder.dialogue(asked, answer)
     if work is not None:
@@ -127,8 +128,8 @@ def evaluate(
     texts = [encoder.decode(answer) for answer in answers]
     responses = _judged(requests, texts, judge, work)
     kl = None
-    if patch is not None and benign is not None:
-        kl = kl_to_base(model, encoder, benign.chats(), patch, batch_size, progress)
+    if removed is not None and benign is not None:
+        kl = kl_to_base(model, encoder, benign.chats(), removed, batch_size, progress)
     n_tokens = sum(len(answer) for answer in answers)
     settings = _settings(harmful, borderline, benign, attacks, judge) | {
         "max_new_tokens": max_new_tokens,

@@ -4,123 +4,101 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from nest.conversations.encoders import Encoder
+from nest.conversations.answers import target_logits
 from nest.errors import InputError
-from nest.models.sites import NeuronSite
+from nest.methods.method import MethodResult, Subject, TrainingData, Treated
 from nest.progress import ProgressCallback
-from nest.prompts.prompt_set import PromptSet
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import prepare
-from nest.tuning.loop import StepRecord, TrainingLoop
-from nest.tuning.loss import target_logits
+from nest.tuning.loop import TrainingLoop
 
 # Peak learning rate where the config leaves it open.
 LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True)
-class LoraResult:
-    """A trained adapter, still attached to the model inside `tuned_lora`'s block.
+class Lora:
+    """Train a LoRA on the modules of the subject's sites.
 
     Attributes:
-        trainable_parameters: Numbers that were trained.
-        history: The loss curve.
-        best_step: The step that was kept.
-        steps: Optimizer steps done.
-        seconds: Wall time of the training loop.
-    """
-
-    trainable_parameters: int
-    history: tuple[StepRecord, ...]
-    best_step: int
-    steps: int
-    seconds: float
-
-
-@contextmanager
-def tuned_lora(
-    model: nn.Module,
-    encoder: Encoder,
-    sites: Sequence[NeuronSite],
-    *,
-    rank: int,
-    harmful: PromptSet,
-    benign: PromptSet,
-    config: TuningConfig,
-    progress: ProgressCallback | None = None,
-) -> Iterator[tuple[nn.Module, LoraResult]]:
-    """Train a LoRA on the modules of these sites; inside the block the model carries it.
-
-    Args:
-        model: A transformers model; bit for bit as it was after the block.
-        encoder: Turns dialogues into tokens.
-        sites: Whose modules get the adapter.
         rank: Of the adapter.
-        harmful: Prompts with the refusals to give.
-        benign: Prompts with their good answers.
-        config: As for `tune_update`; its `update`, `mode`, `layers`, `checkpointing` and
+        tuning: As for `tune_update`; its `update`, `mode`, `layers`, `checkpointing` and
             `cache_prefix` play no part, and a learning rate of None means `LEARNING_RATE`.
-        progress: Called with stage, steps done, steps in all.
-
-    Yields:
-        The adapted model and what training gave.
-
-    Raises:
-        InputError: PEFT is not installed.
+        name: For tables.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError(
-            "the LoRA baseline needs PEFT: pip install 'nest-safety[baselines]'"
-        ) from None
-    train, validation, n_steps = prepare(encoder, harmful, benign, config)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapted = None
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            targets = [site.module for site in sites]
-            # alpha 2r is the common choice; Adam makes the scale a matter of the learning rate.
-            shape = LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0
+
+    rank: int
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    name: str = "lora"
+
+    @contextmanager
+    def applied(
+        self, subject: Subject, data: TrainingData, progress: ProgressCallback | None = None
+    ) -> Iterator[Treated]:
+        """See `Method.applied`; the treated model is PEFT's wrapper.
+
+        Raises:
+            InputError: PEFT is not installed.
+        """
+        model, config = subject.model, self.tuning
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise InputError(
+                "the LoRA baseline needs PEFT: pip install 'nest-safety[baselines]'"
+            ) from None
+        train, validation, n_steps = prepare(subject.encoder, data.harmful, data.benign, config)
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        adapted = None
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                targets = [site.module for site in subject.sites]
+                # alpha 2r is the common choice; Adam makes the scale a matter of the learning rate.
+                shape = LoraConfig(
+                    r=self.rank, lora_alpha=2 * self.rank, target_modules=targets, lora_dropout=0.0
+                )
+                adapted = get_peft_model(model, shape)
+            adapter = _Adapter(adapted)
+            adapted.eval()
+            device = next(model.parameters()).device
+            optimizer = torch.optim.AdamW(
+                adapter.parameters(),
+                lr=config.learning_rate or LEARNING_RATE,
+                weight_decay=config.weight_decay,
+                fused=device.type in ("cpu", "cuda"),
             )
-            adapted = get_peft_model(model, shape)
-        adapter = _Adapter(adapted)
-        adapted.eval()
-        device = next(model.parameters()).device
-        optimizer = torch.optim.AdamW(
-            adapter.parameters(),
-            lr=config.learning_rate or LEARNING_RATE,
-            weight_decay=config.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
-        loop = TrainingLoop(
-            encoder,
-            adapter,
-            optimizer,
-            lambda micro_batch: target_logits(adapted, micro_batch.batch, device),
-            config,
-            n_steps,
-            micro_batch_size=config.micro_batch_size or config.batch_size,
-            progress=progress,
-        )
-        loop.run(train, validation)
-        count = sum(parameter.numel() for parameter in adapter.parameters())
-        yield (
-            adapted,
-            LoraResult(count, tuple(loop.history), loop.best_step, n_steps, loop.seconds),
-        )
-    finally:
-        if adapted is not None:
-            adapted.unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            loop = TrainingLoop(
+                subject.encoder,
+                adapter,
+                optimizer,
+                lambda micro_batch: target_logits(adapted, micro_batch.batch, device),
+                config,
+                n_steps,
+                micro_batch_size=config.micro_batch_size or config.batch_size,
+                progress=progress,
+            )
+            loop.run(train, validation)
+            count = sum(parameter.numel() for parameter in adapter.parameters())
+            result = MethodResult(
+                count,
+                tuple(loop.history),
+                loop.best_step,
+                n_steps,
+                loop.seconds,
+                {"rank": self.rank},
+            )
+            yield Treated(adapted, result)
+        finally:
+            if adapted is not None:
+                adapted.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 class _Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from nest.artifacts.storage import check_sealed, read_manifest, read_tensors, wr
 from nest.errors import NestError, PatchError, SelectionError
 from nest.models.fingerprint import ModelFingerprint, checked_hashes
 from nest.patches.card import model_card
+from nest.patches.data import PatchData
 from nest.selection.selection import NeuronSelection, tensor_shapes
-
-if TYPE_CHECKING:
-    from nest.patches.patch import NeuronPatch
 
 FORMAT_VERSION = "1.2"
 TENSORS = "patch.safetensors"
@@ -33,14 +31,11 @@ _DTYPES = {
 
 
 def write_patch(
-    patch: NeuronPatch, folder: str | Path, *, overwrite: bool, evidence: Mapping[str, str | bytes]
+    patch: PatchData, folder: str | Path, *, overwrite: bool, evidence: Mapping[str, str | bytes]
 ) -> None:
     """Write a patch as a folder, all or nothing; see `NeuronPatch.save`."""
-    tensors: dict[str, Tensor] = {}
+    tensors = patch.selection.tensors()
     for i, part in enumerate(patch.selection.sites):
-        tensors[f"{i}.neurons"] = part.neurons
-        tensors[f"{i}.scores"] = part.scores
-        tensors[f"{i}.clusters"] = part.clusters
         if patch.loadings is not None:
             tensors[f"{i}.loadings"] = patch.loadings[part.site.name]
         bits = bytearray(patch.revert_bits[part.site.name])
@@ -61,7 +56,7 @@ def write_patch(
     )
 
 
-def _manifest(patch: NeuronPatch) -> dict[str, Any]:
+def _manifest(patch: PatchData) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "update": patch.update,

@@ -13,6 +13,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+from nest.conversations.answers import Targets
 from nest.conversations.encoders import Encoder
 from nest.errors import ActivationError, InputError
 from nest.progress import ProgressCallback
@@ -24,7 +25,7 @@ from nest.tuning.checkpoints import (
 )
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, epochs_of_batches, to_micro_batches
-from nest.tuning.loss import BasePredictions, Targets, tuning_loss
+from nest.tuning.loss import BasePredictions, tuning_loss
 from nest.tuning.memory import is_out_of_memory
 from nest.tuning.protocol import Trainable
 

@@ -4,81 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from nest.conversations.batches import Batch
-from nest.errors import LayoutError
-from nest.models.calls import logits_of, run_model
+from nest.conversations.answers import Targets, kl_divergence, log_probs_of
 from nest.tuning.company import FirstCompany
 from nest.tuning.dialogues import Example, MicroBatch
 from nest.tuning.protocol import Trainable
 
 # Base predictions are kept for the next epoch up to this much; beyond it they are computed again.
 CACHE_BOUND_BYTES = 512 * 1024**2
-
-
-class Targets(NamedTuple):
-    """What a model says about the response tokens of a batch.
-
-    Attributes:
-        logits: At the tokens before them.
-        tokens: The response tokens.
-        rows: The batch's rows that they stand in.
-    """
-
-    logits: Float[Tensor, "N V"]
-    tokens: Int[Tensor, " N"]
-    rows: Int[Tensor, " N"]
-
-
-def target_logits(model: nn.Module, batch: Batch, device: torch.device) -> Targets:
-    """One forward pass; the head runs at the positions that predict a response token and no other.
-
-    The head is narrowed by a hook on the model's output embeddings, so that what follows it (a soft
-    cap, a scale) follows still. A model that does not name its head computes all logits.
-    """
-    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-    wanted = torch.zeros_like(batch.completion_mask)  # (B, T)
-    wanted[:, :-1] = batch.completion_mask[:, 1:]
-    narrowed = False
-
-    def narrow(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal narrowed
-        states = args[0] if args else None
-        if not isinstance(states, Tensor) or states.shape[:2] != wanted.shape:
-            return None
-        narrowed = True
-        return (states[wanted.to(states.device)][None], *args[1:])  # (1, N, D)
-
-    head = _head_of(model)
-    handle = None if head is None else head.register_forward_pre_hook(narrow)
-    try:
-        logits = logits_of(run_model(model, ids, mask, use_cache=False))
-    finally:
-        if handle is not None:
-            handle.remove()
-    home = logits.device
-    # Narrowed logits are one row; a head that serves something else first leaves the last ones whole.
-    narrowed &= logits.shape[:2] == (1, int(wanted.sum()))
-    if not narrowed and logits.shape[:2] != wanted.shape:
-        raise LayoutError(
-            f"the model returned logits of shape {tuple(logits.shape)} for tokens of shape "
-            f"{tuple(wanted.shape)}; expected one vector a token"
-        )
-    chosen = logits[0] if narrowed else logits[wanted.to(home)]  # (N, V)
-    tokens = batch.input_ids[batch.completion_mask].to(home)
-    return Targets(chosen, tokens, wanted.nonzero()[:, 0].to(home))
-
-
-def _head_of(model: nn.Module) -> nn.Module | None:
-    named = getattr(model, "get_output_embeddings", None)
-    head = named() if callable(named) else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def tuning_loss(
@@ -104,16 +42,12 @@ def tuning_loss(
 
     Source: arXiv 2602.16835, section 3.5; the KL term after arXiv 2601.23143.
     """
-    log_probs = _wide(logits).log_softmax(-1)
+    log_probs = log_probs_of(logits)
     losses = F.nll_loss(log_probs, targets, reduction="none")  # (N,)
     loss = torch.where(benign, benign_weight * losses, losses).sum()
     if base is not None:
-        loss = loss + kl_weight * (base.exp() * (base - log_probs[benign])).sum()
+        loss = loss + kl_weight * kl_divergence(base, log_probs[benign])
     return loss
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class BasePredictions:
@@ -186,5 +120,5 @@ class BasePredictions:
     def _ask(self, examples: Sequence[Example], pad_id: int) -> dict[Example, Tensor]:
         micro_batch = MicroBatch.of(examples, pad_id)
         logits, _, rows = self._forward(micro_batch)
-        log_probs = _wide(logits).log_softmax(-1)
+        log_probs = log_probs_of(logits)
         return {example: log_probs[rows == i] for i, example in enumerate(micro_batch.examples)}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nest.artifacts.unfinished import Unfinished
+from nest.conversations.answers import Targets, target_logits
 from nest.conversations.encoders import Encoder, rendered_hash
 from nest.errors import ActivationError, InputError, NestError, TuningStoppedError
 from nest.models.blocks import blocks_of, checkpointed
@@ -25,7 +26,6 @@ from nest.tuning.checkpoints import ONCE_A_MINUTE, Checkpoints, Every
 from nest.tuning.config import RATE_SHARES, RELATIVE_RATE, TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, prepare
 from nest.tuning.loop import StepRecord, TrainingLoop
-from nest.tuning.loss import Targets, target_logits
 from nest.tuning.memory import MemoryEstimate, estimate, is_out_of_memory, saved_bytes
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.prefix import FrozenPrefix

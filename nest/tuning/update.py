@@ -405,8 +405,7 @@ class ClusterUpdate:
         # Hooks are functions and no methods: a deep copy of the model would copy the methods' update.
         function = ThroughRows if self.mode == "live" else AddBranch
         handles = [
-            site.module.register_forward_hook(self._hook(site, function))
-            for site in self.sites
+            site.module.register_forward_hook(self._hook(site, function)) for site in self.sites
         ]
 
         def after_loading(module: nn.Module, _keys: Any) -> None:

@@ -242,7 +242,7 @@ def test_kl_is_the_mean_over_answer_tokens():
     expected = torch.cat(values).mean().item()
     assert expected > 0.01
     for batch_size in (1, 4, 64):
-        found = kl_to_base(model, encoder, dialogues(), patch, batch_size)
+        found = kl_to_base(model, encoder, dialogues(), lambda: patch.removed(model), batch_size)
         assert found == pytest.approx(expected, rel=1e-4)  # fp32 sums of about 40 tokens
     assert torch.equal(patch.weight, patch.tuned)
 
@@ -250,13 +250,13 @@ def test_kl_is_the_mean_over_answer_tokens():
 def test_kl_of_an_unchanged_model_is_zero_and_memory_only_changes_the_switches(monkeypatch):
     model, encoder = tiny("llama"), words_encoder()
     patch = RowPatch(model)
-    whole = kl_to_base(model, encoder, dialogues(), patch, 2)
+    whole = kl_to_base(model, encoder, dialogues(), lambda: patch.removed(model), 2)
     assert patch.removals == 1
     monkeypatch.setattr("nest.evaluation.divergence.BASE_MEMORY_BYTES", 1)
-    assert kl_to_base(model, encoder, dialogues(), patch, 2) == whole
+    assert kl_to_base(model, encoder, dialogues(), lambda: patch.removed(model), 2) == whole
     assert patch.removals == 1 + 5
     patch.base = patch.tuned
-    assert kl_to_base(model, encoder, dialogues(), patch) == 0.0
+    assert kl_to_base(model, encoder, dialogues(), lambda: patch.removed(model)) == 0.0
 
 
 def test_evaluate_reports_kl_of_a_patch():
@@ -270,11 +270,11 @@ def test_evaluate_reports_kl_of_a_patch():
         harmful=harmful,
         benign=from_values(dialogues()),
         judge=PhraseJudge(),
-        patch=patch,
+        removed=lambda: patch.removed(model),
         max_new_tokens=2,
         progress=lambda *call: calls.append(call),
     )
     assert report.kl_to_base == pytest.approx(
-        kl_to_base(model, words_encoder(), dialogues(), patch), rel=1e-5
+        kl_to_base(model, words_encoder(), dialogues(), lambda: patch.removed(model)), rel=1e-5
     )
     assert {stage for stage, _, _ in calls} == {"generate", "kl"}
