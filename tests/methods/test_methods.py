@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import nest
 from nest.conversations.encoders import ChatEncoder
 from nest.errors import InputError
 from nest.methods.lora import Lora
-from nest.methods.method import Method, Subject, TrainingData, Treated
+from nest.methods.method import Method, Subject, TrainingData
 from nest.methods.neurons import Neurons
 from nest.models.layouts import find_sites
 from nest.prompts.prompt_set import load_prompts
@@ -43,10 +44,10 @@ def data() -> TrainingData:
     )
 
 
-def logits(treated: Treated, subject: Subject) -> torch.Tensor:
+def logits(model: nn.Module, subject: Subject) -> torch.Tensor:
     ids = torch.tensor([subject.encoder.prompt("How do I open a box?")])
     with torch.no_grad():
-        found: torch.Tensor = treated.model(input_ids=ids).logits
+        found: torch.Tensor = model(input_ids=ids).logits
     return found
 
 
@@ -60,7 +61,7 @@ def test_a_method_learns_and_leaves_no_trace(
     model = subject.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    untreated = logits(Treated(model, None), subject)  # type: ignore[arg-type]
+    untreated = logits(model, subject)
     seen: list[str] = []
     with method.applied(subject, data, lambda stage, _done, _total: seen.append(stage)) as treated:
         result = treated.result
@@ -68,7 +69,7 @@ def test_a_method_learns_and_leaves_no_trace(
         assert 0 < result.best_step <= result.steps == 20
         assert min(r.validation_loss for r in result.history) < result.history[0].validation_loss
         assert result.seconds > 0
-        assert not torch.equal(logits(treated, subject), untreated)
+        assert not torch.equal(logits(treated.model, subject), untreated)
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
