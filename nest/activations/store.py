@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nest.activations.taps import Tap
 from nest.artifacts.unfinished import Unfinished
 from nest.errors import NestError
-from nest.models.sites import NeuronSite
 
 # So much of the work is lost at most when a run is killed; each time all files are written to the disk.
 KEPT_EVERY_SECONDS = 5.0
@@ -53,14 +53,14 @@ class ActivationStore:
 
     @staticmethod
     def open(
-        sites: Sequence[NeuronSite],
+        taps: Sequence[Tap],
         n_prompts: int,
         bound_bytes: int,
         work: Unfinished | None = None,
     ) -> ActivationStore:
-        shapes = [(n_prompts, site.length) for site in sites]
+        shapes = [(n_prompts, tap.length) for tap in taps]
         if work is not None:
-            files = [work.path(f"activations-{i}.f32") for i in range(len(sites))]
+            files = [work.path(f"activations-{i}.f32") for i in range(len(taps))]
             pairs = zip(files, shapes, strict=True)
             return ActivationStore(tuple(_mapped(file, shape) for file, shape in pairs), work=work)
         if sum(4 * rows * columns for rows, columns in shapes) <= bound_bytes:

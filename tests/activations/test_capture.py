@@ -21,7 +21,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from nest.activations import capture as capture_module
+from nest.activations import reader as reader_module
 from nest.activations.capture import capture
 from nest.activations.config import Pool
 from nest.activations.pooling import pool_tokens
@@ -221,7 +221,7 @@ def test_stopping_after_the_last_site_changes_no_bit(
         found = capture(model, encoder, PROMPTS, chosen, batch_size=5)
         stopped = len(ran)
         with monkeypatch.context() as patch:
-            patch.setattr(capture_module, "run_until", lambda _last, call: bool(call()) or True)
+            patch.setattr(reader_module, "run_until", lambda _last, call: bool(call()) or True)
             ran.clear()
             full = capture(model, encoder, PROMPTS, chosen, batch_size=5)
         for first, second in zip(found.pooled, full.pooled, strict=True):
