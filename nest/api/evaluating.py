@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest.api.inputs import as_set, config_of, resolved_batch_size
+from nest.api.inputs import as_set, resolved_batch_size
 from nest.api.models import origin_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def evaluate(
     from nest.models.wrappers import uncompiled
     from nest.prompts.attacks import resolve_attacks
 
-    config = config_of(EvaluationConfig, settings)
+    config = EvaluationConfig(**settings)
     model = uncompiled(model)
     warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
     prompting = Prompting.of(tokenizer, system, template_kwargs)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from nest.errors import InputError
 
@@ -19,16 +18,6 @@ if TYPE_CHECKING:
     EncodeLike = Callable[[str], Sequence[int]] | Encoder
 
 BatchSize = int | Literal["auto"]
-
-_Config = TypeVar("_Config")
-
-
-def config_of(kind: type[_Config], settings: Mapping[str, Any]) -> _Config:
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise InputError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
-    return kind(**settings)
 
 
 def resolved_batch_size(wanted: BatchSize, automatic: int) -> int:

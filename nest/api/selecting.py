@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest.api.inputs import both_kinds, config_of, resolved_batch_size
+from nest.api.inputs import both_kinds, resolved_batch_size
 from nest.api.models import origin_of
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def select(
     from nest.selection.config import SelectionConfig
     from nest.selection.select import select_neurons
 
-    config = config_of(SelectionConfig, settings)
+    config = SelectionConfig(**settings)
     model = uncompiled(model)
     unsafe_set, safe_set = both_kinds(unsafe, safe, pairs)
     warn = warn or (lambda text: warnings.warn(text, stacklevel=3))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nest.api.inputs import as_set, config_of
+from nest.api.inputs import as_set
 from nest.api.models import origin_of
 from nest.errors import InputError
 
@@ -138,7 +138,7 @@ def tune_result(
     from nest.tuning.config import TuningConfig
     from nest.tuning.tune import tune_update
 
-    config = config_of(TuningConfig, settings)
+    config = TuningConfig(**settings)
     model = uncompiled(model)
     warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
     if selection is None:

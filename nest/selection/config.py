@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from pydantic import Field, model_validator
 
 from nest.activations.config import Pool
-from nest.errors import InputError
+from nest.settings import AtLeastOne, Layers, NotNegative, Positive, Share, settings
 
 Scorer = Literal["probe", "contrast"]
 Side = Literal["positive", "both"]
 ClusterScope = Literal["projection", "layer"]
-_NONE = type(None)
 UpdateForm = Literal["shared", "loaded"]
 
 
-@dataclass(frozen=True)
+@settings("selection settings")
 class SelectionConfig:
     """How neurons are captured, scored and clustered.
 
@@ -41,77 +41,25 @@ class SelectionConfig:
         seed: Of splits and k-means.
     """
 
-    z_threshold: float = 3.0
+    z_threshold: Annotated[float, Parameter(name="--z")] = 3.0
     side: Side = "positive"
     pool: Pool = "max"
     scorer: Scorer = "probe"
     cluster_scope: ClusterScope = "projection"
-    layers: tuple[int, int | None] | None = None
-    max_clusters: int | None = None
-    n_probe_seeds: int = 3
-    held_out: float = 0.2
-    probe_strength: float = 1.0
-    max_profile_prompts: int = 256
-    memory_bound_bytes: int = 2 * 1024**3
-    seed: int = 0
+    layers: Layers = None
+    max_clusters: Annotated[int, AtLeastOne] | None = None
+    n_probe_seeds: Annotated[int, AtLeastOne] = 3
+    held_out: Annotated[float, Share] = 0.2
+    probe_strength: Annotated[float, Positive] = 1.0
+    max_profile_prompts: Annotated[int, AtLeastOne] = 256
+    memory_bound_bytes: Annotated[int, NotNegative] = 2 * 1024**3
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
-    def __post_init__(self) -> None:
-        faults = []
-        if not math.isfinite(self.z_threshold):
-            faults.append(f"z_threshold is {self.z_threshold}; it must be a finite number")
-        for name, allowed in (
-            ("side", ("positive", "both")),
-            ("pool", ("max", "mean", "last")),
-            ("scorer", ("probe", "contrast")),
-            ("cluster_scope", ("projection", "layer")),
-        ):
-            if getattr(self, name) not in allowed:
-                faults.append(f"{name} is {getattr(self, name)!r}; choose {' or '.join(allowed)}")
-        faults += layer_faults(self.layers)
-        if self.max_clusters is not None and self.max_clusters < 1:
-            faults.append(f"max_clusters is {self.max_clusters}; it must be at least 1")
-        if self.n_probe_seeds < 1:
-            faults.append(f"n_probe_seeds is {self.n_probe_seeds}; it must be at least 1")
-        if not 0.0 < self.held_out < 1.0:
-            faults.append(f"held_out is {self.held_out}; it must lie between 0 and 1")
-        if self.probe_strength <= 0:
-            faults.append(f"probe_strength is {self.probe_strength}; it must be positive")
-        if self.max_profile_prompts < 1:
-            faults.append(
-                f"max_profile_prompts is {self.max_profile_prompts}; it must be at least 1"
+    @model_validator(mode="after")
+    def _seeds_of_probes(self) -> SelectionConfig:
+        if self.seed + self.n_probe_seeds > 2**32:
+            raise ValueError(
+                f"seed is {self.seed}; with {self.n_probe_seeds} probes it must lie in 0 to "
+                f"{2**32 - self.n_probe_seeds}"
             )
-        if self.memory_bound_bytes < 0:
-            faults.append(f"memory_bound_bytes is {self.memory_bound_bytes}; it cannot be negative")
-        if not 0 <= self.seed < 2**32 - self.n_probe_seeds:
-            faults.append(
-                f"seed is {self.seed}; it must lie in 0 to {2**32 - 1 - self.n_probe_seeds}"
-            )
-        if faults:
-            raise InputError("selection settings: " + "; ".join(faults))
-
-
-def in_range(layer: int, layers: tuple[int, int | None]) -> bool:
-    """Whether a layer is one of `layers[0]` to `layers[1]` - 1; None is no upper end."""
-    first, end = layers
-    return first <= layer and (end is None or layer < end)
-
-
-def range_text(layers: tuple[int, int | None]) -> str:
-    """As the command line takes it, such as `8:24` or `8:`."""
-    first, end = layers
-    return f"{first}:{'' if end is None else end}"
-
-
-def layer_faults(layers: tuple[int, int | None] | None) -> list[str]:
-    """What is wrong with a range of layers; nothing, or one sentence."""
-    if layers is None:
-        return []
-    whole = isinstance(layers, tuple) and [type(end) for end in layers] in (
-        [int, int],
-        [int, _NONE],
-    )
-    if not whole:
-        return [f"layers is {layers!r}; it must be (first, end), end being a number or None"]
-    if layers[0] >= 0 and (layers[1] is None or layers[0] < layers[1]):
-        return []
-    return [f"layers is {range_text(layers)}; the first must be below the end, both from 0"]
+        return self

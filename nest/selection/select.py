@@ -21,9 +21,10 @@ from nest.models.sites import NeuronSite
 from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.clusters import MAX_CLUSTERS, cluster_neurons, standardised
-from nest.selection.config import SelectionConfig, in_range, range_text
+from nest.selection.config import SelectionConfig
 from nest.selection.probe import check_labels, contrast, fit_probe, z_scores
 from nest.selection.selection import NeuronSelection, SiteSelection
+from nest.settings import in_range, range_text
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from nest.models.binding import bind
 from nest.models.fingerprint import ModelFingerprint, fingerprint
 from nest.models.layouts import find_sites
 from nest.models.sites import NeuronSite
-from nest.selection.config import UpdateForm, in_range, range_text
+from nest.selection.config import UpdateForm
+from nest.settings import in_range, range_text
 
 FORMAT_VERSION = "1.1"
 TENSORS = "selection.safetensors"

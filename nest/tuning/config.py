@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from nest.errors import InputError
-from nest.selection.config import UpdateForm, layer_faults
+from pydantic import BeforeValidator, Field
+
+from nest.selection.config import UpdateForm
+from nest.settings import AtLeastOne, Auto, Layers, NotNegative, Positive, Share, settings
 
 UpdateMode = Literal["live", "branch"]
 TrainOn = Literal["last", "all"]
@@ -21,9 +21,15 @@ RELATIVE_RATE = 1.7
 RATE_SHARES = (1.0, 0.25, 0.0625)
 # Weights are of the order of 1; anything beyond this is a slip of the pen.
 MAX_LEARNING_RATE = 1e6
+# Dialogues an optimizer step.
+BATCH_SIZE = 32
 
 
-@dataclass(frozen=True)
+def _dialogues(value: Any) -> Any:
+    return BATCH_SIZE if value == "auto" else value
+
+
+@settings("tuning settings")
 class TuningConfig:
     """How a cluster update is trained.
 
@@ -59,65 +65,23 @@ class TuningConfig:
     """
 
     update: UpdateForm = "loaded"
-    epochs: float = 2.0
-    max_steps: int | None = None
-    batch_size: int = 32
-    micro_batch_size: int | None = None
+    epochs: Annotated[float, Positive] = 2.0
+    max_steps: Annotated[int, AtLeastOne] | None = None
+    batch_size: Annotated[int, AtLeastOne, BeforeValidator(_dialogues)] = BATCH_SIZE
+    micro_batch_size: Annotated[Annotated[int, AtLeastOne] | None, Auto] = None
     mode: UpdateMode = "live"
-    layers: tuple[int, int | None] | None = None
+    layers: Layers = None
     checkpointing: bool = False
     cache_prefix: bool = True
     train_on: TrainOn = "last"
-    learning_rate: float | None = None
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    benign_weight: float = 1.0
-    kl_weight: float = 1.0
-    validation: float = 0.05
-    validate_every: int = 25
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"{name} is {getattr(self, name)}; it must be a finite number"
-            for name in (
-                "epochs",
-                "learning_rate",
-                "warmup",
-                "weight_decay",
-                "clip",
-                "benign_weight",
-                "kl_weight",
-            )
-            if getattr(self, name) is not None and not math.isfinite(getattr(self, name))
-        ]
-        if not 0 <= self.seed < 2**32:
-            faults.append(f"seed is {self.seed}; it must lie in 0 to {2**32 - 1}")
-        if self.learning_rate is not None and self.learning_rate > MAX_LEARNING_RATE:
-            faults.append(
-                f"learning_rate is {self.learning_rate:g}; it must be at most {MAX_LEARNING_RATE:g}"
-            )
-        if self.update not in ("shared", "loaded"):
-            faults.append(f"update is {self.update!r}; choose shared or loaded")
-        if self.mode not in ("live", "branch"):
-            faults.append(f"mode is {self.mode!r}; choose live or branch")
-        if self.train_on not in ("last", "all"):
-            faults.append(f"train_on is {self.train_on!r}; choose last or all")
-        faults += layer_faults(self.layers)
-        for name in ("batch_size", "micro_batch_size", "validate_every", "max_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                faults.append(f"{name} is {value}; it must be positive")
-        for name in ("weight_decay", "clip", "benign_weight", "kl_weight"):
-            if not getattr(self, name) >= 0:
-                faults.append(f"{name} is {getattr(self, name)}; it cannot be negative")
-        if not 0.0 <= self.warmup < 1.0:
-            faults.append(f"warmup is {self.warmup}; it must lie in [0, 1)")
-        if not 0.0 < self.validation < 1.0:
-            faults.append(f"validation is {self.validation}; it must lie between 0 and 1")
-        if faults:
-            raise InputError("tuning settings: " + "; ".join(faults))
+    learning_rate: Annotated[Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] | None, Auto] = (
+        None
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Annotated[float, NotNegative] = 0.0
+    clip: Annotated[float, NotNegative] = 1.0
+    benign_weight: Annotated[float, NotNegative] = 1.0
+    kl_weight: Annotated[float, NotNegative] = 1.0
+    validation: Annotated[float, Share] = 0.05
+    validate_every: Annotated[int, AtLeastOne] = 25
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
