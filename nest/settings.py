@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
@@ -54,6 +54,12 @@ def settings(title: str) -> Callable[[type[C]], type[C]]:
     return made
 
 
+def kind_of(annotation: Any) -> type | None:
+    """The class of settings that a parameter is annotated with; None where it is another kind."""
+    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return kind if isinstance(kind, type) and hasattr(kind, "__pydantic_fields__") else None
+
+
 def sentence_of(fault: ValidationError, kind: type | None = None) -> str:
     """All faults of settings in one sentence: each with its name, the value, and what was expected.
 
@@ -75,7 +81,7 @@ def _fault(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
     if kind == "value_error":
         return str(context["error"])
     bounds = kind.startswith(("greater_than", "less_than"))
-    plain = bounds or isinstance(value, (int, float))
+    plain = bounds or kind == "finite_number" or isinstance(value, (int, float))
     what = f"{name} is {value}" if plain else f"{name} is {value!r}"
     if kind == "literal_error":
         return f"{what}; choose {str(context['expected']).replace(chr(39), '')}"

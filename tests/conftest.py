@@ -16,8 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 assert not any(name == "nest" or name.startswith("nest.") for name in sys.modules)
-# All of `nest` but its command line: typer hands commands a context of another class than the one it
-# has them name. Nothing of nest_kernels: the hook breaks `@triton.jit` modules when they compile.
+# All of `nest` but its command line, whose functions cyclopts calls with what it made of the words.
+# Nothing of nest_kernels: the hook breaks `@triton.jit` modules when they compile.
 ROOMS = sorted(path.stem for path in (Path(__file__).parents[1] / "nest").glob("[!_]*"))
 install_import_hook([f"nest.{room}" for room in ROOMS if room != "cli"], "beartype.beartype")
 

@@ -5,36 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from nest.cli.options import RUNNING, WRITING, Running, Spread, Writing
+from nest.cli.session import session
 
-from nest.cli.common import (
-    ConfigOption,
-    JsonOption,
-    OverwriteOption,
-    QuietOption,
-    SeedOption,
-    session,
-)
-
-HELP = "Select, tune, evaluate and fold on the embedded model, and write a report."
 EXAMPLE = "Example: nest demo --out nest-demo"
 
 
 def command(
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder for everything the demo makes.")
-    ] = Path("nest-demo"),
-    seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    *,
+    out: Path = Path("nest-demo"),
+    seed: int = 0,
+    writing: Annotated[Writing, Spread] = WRITING,
+    running: Annotated[Running, Spread] = RUNNING,
 ) -> None:
+    """Select, tune, evaluate and fold on the embedded model, and write a report.
+
+    Args:
+        out: Folder for everything the demo makes.
+        seed: Decides everything random.
+    """
     from nest.demo import run_demo
     from nest.reporting.tables import eval_table, selection_table
 
-    with session(json, quiet) as run:
-        found = run_demo(out, seed=seed, overwrite=overwrite, progress=run.progress, warn=run.warn)
+    with session(running) as run:
+        found = run_demo(
+            out, seed=seed, overwrite=writing.overwrite, progress=run.progress, warn=run.warn
+        )
     run.result(
         found.to_json(),
         selection_table(found.selection),

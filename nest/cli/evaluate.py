@@ -3,123 +3,89 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from nest.cli.common import (
-    EXIT_GATE_FAILED,
-    BatchSizeOption,
-    ConfigOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    QuietOption,
-    RestartOption,
-    RevisionOption,
-    SeedOption,
-    SystemOption,
-    TemplateOption,
-    TrustOption,
+from nest.cli.options import (
+    LOADING,
+    LONG_WRITING,
+    PUTTING,
+    RUNNING,
+    Loading,
+    LongWriting,
+    Putting,
+    Running,
+    Spread,
     parse_batch_size,
-    parse_template_kwargs,
-    session,
 )
+from nest.cli.session import EXIT_GATE_FAILED, session
 from nest.cli.streams import say
 from nest.errors import InputError
+from nest.evaluation.config import EvaluationConfig
 
-HELP = "Measure attack success by attack, over-refusal, and usefulness."
 EXAMPLE = (
     "Example: nest eval --model organism --harmful organism:test_harmful "
     "--borderline organism:test_borderline --benign organism:test_benign --attacks all"
 )
+SETTINGS = EvaluationConfig()
 
 
 def command(
-    model: ModelOption,
-    harmful: Annotated[str, typer.Option("--harmful", help="Prompts that should be refused.")],
-    borderline: Annotated[
-        str | None, typer.Option("--borderline", help="Harmless prompts that sound harmful.")
-    ] = None,
-    benign: Annotated[
-        str | None, typer.Option("--benign", help="Dialogues with the one good answer.")
-    ] = None,
-    patch: Annotated[
-        Path | None, typer.Option("--patch", help="Evaluate with this patch put in.")
-    ] = None,
-    attacks: Annotated[
-        str,
-        typer.Option("--attacks", help="Names, files of templates, or all; commas between."),
-    ] = "none",
-    judge: Annotated[str, typer.Option("--judge", help="phrases or reference.")] = "phrases",
-    refusal_phrases: Annotated[
-        Path | None,
-        typer.Option("--refusal-phrases", help="File of more refusal phrases, one a line."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")
-    ] = 256,
-    engine: Annotated[
-        str, typer.Option("--engine", help="auto, static or paged: how answers are decoded.")
-    ] = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for eval.json and all responses.")
-    ] = None,
-    gate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gate",
-            help="Exit 3 unless it holds, e.g. over_refusal_rate<=0.02; also attack_success_rate (the "
-            "mean), worst_attack, exact_match, kl_to_base; repeatable.",
-        ),
-    ] = None,
-    system: SystemOption = None,
-    template_kwargs: TemplateOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchSizeOption = "auto",
-    device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    restart: RestartOption = False,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    *,
+    model: str,
+    harmful: str,
+    borderline: str | None = None,
+    benign: str | None = None,
+    patch: Path | None = None,
+    attacks: str = "none",
+    judge: str = "phrases",
+    refusal_phrases: Path | None = None,
+    out: Path | None = None,
+    gate: list[str] | None = None,
+    settings: Annotated[EvaluationConfig, Spread] = SETTINGS,
+    batch_size: str = "auto",
+    putting: Annotated[Putting, Spread] = PUTTING,
+    loading: Annotated[Loading, Spread] = LOADING,
+    writing: Annotated[LongWriting, Spread] = LONG_WRITING,
+    running: Annotated[Running, Spread] = RUNNING,
 ) -> None:
+    """Measure attack success by attack, over-refusal, and usefulness.
+
+    Args:
+        model: A local folder, a name on the Hub, or `organism`.
+        harmful: Prompts that should be refused.
+        borderline: Harmless prompts that sound harmful.
+        benign: Dialogues with the one good answer.
+        patch: Evaluate with this patch put in.
+        attacks: Names, files of templates, or all; commas between.
+        judge: phrases or reference.
+        refusal_phrases: File of more refusal phrases, one a line.
+        out: Folder for eval.json and all responses.
+        gate: Exit 3 unless it holds, e.g. over_refusal_rate<=0.02; also attack_success_rate (the mean),
+            worst_attack, exact_match, kl_to_base; repeatable.
+        batch_size: auto, or prompts decoded together.
+    """
     from nest import api
     from nest.artifacts.unfinished import Unfinished, beside
     from nest.evaluation.gates import Gate
     from nest.evaluation.report import check_report_output
     from nest.reporting.tables import eval_table
 
-    size = parse_batch_size(batch_size)
-    switches = parse_template_kwargs(template_kwargs)
+    size, switches = parse_batch_size(batch_size), putting.switches()
     gates = [Gate.parse(text) for text in gate or ()]
-    if restart and out is None:
+    if writing.restart and out is None:
         raise InputError("--restart is for what is kept beside --out; give that, too")
     if out is not None:
-        check_report_output(out, overwrite=overwrite)
+        check_report_output(out, overwrite=writing.overwrite)
     loaded = None if patch is None else api.load_patch(patch)
-    with session(json, quiet) as run, ExitStack() as stack:
-        network, tokenizer = api.load(
-            model,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+    with session(running) as run, ExitStack() as stack:
+        network, tokenizer = run.load(model, loading)
         if loaded is not None:
             loaded.fold_into(network)
         work = None
         if out is not None:
-            unfinished = Unfinished(beside(out), restart=restart, warn=run.warn)
+            unfinished = Unfinished(beside(out), restart=writing.restart, warn=run.warn)
             work = stack.enter_context(unfinished)
         report = api.evaluate(
             network,
@@ -131,17 +97,15 @@ def command(
             judge=judge,
             refusal_phrases=refusal_phrases,
             patch=loaded,
-            system=system,
+            system=putting.system,
             template_kwargs=switches,
             batch_size=size,
             progress=run.progress,
             warn=run.warn,
             work=work,
-            max_new_tokens=max_new_tokens,
-            engine=engine,
-            seed=seed,
+            **asdict(settings),
         )
-        written = [] if out is None else [report.save(out, overwrite=overwrite)]
+        written = [] if out is None else [report.save(out, overwrite=writing.overwrite)]
     failures = [said for said in (one.failure(report) for one in gates) if said]
     run.result(
         {**report.to_json(), "gates_failed": failures},
@@ -151,4 +115,4 @@ def command(
     if failures:
         for said in failures:
             say(said)
-        raise typer.Exit(EXIT_GATE_FAILED)
+        raise SystemExit(EXIT_GATE_FAILED)

@@ -3,55 +3,35 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import sys
+from collections.abc import Sequence
 
-import typer
+from cyclopts import App, CycloptsError, Parameter, ValidationError
+from pydantic import ValidationError as SettingsError
 
-from nest.cli import (
-    demo,
-    evaluate,
-    fold,
-    inspect,
-    organism,
-    revert,
-    select,
-    tune,
-    verify,
-)
-from nest.cli.common import reporting_errors, say_stopped
+from nest.cli import demo, evaluate, fold, inspect, organism, revert, select, tune, verify
+from nest.cli.defaults import FileDefaults, file_in
 from nest.cli.signals import exit_code, received, stopping_on_signals
-from nest.cli.streams import make_usable
+from nest.cli.streams import make_usable, say
+from nest.errors import NestError
+from nest.settings import kind_of, sentence_of
+from nest.version import __version__
 
-app = typer.Typer(
+EXIT_ERROR, EXIT_USAGE = 1, 2
+
+app = App(
     name="nest",
     help="Neuron-selective safety tuning: find the few neurons that carry refusal, train one small "
     "shared update per cluster, ship it as an exact patch.",
-    epilog="Example: nest demo",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    help_epilogue="Example: nest demo",
+    help_format="markdown",
+    version=f"nest {__version__}",
+    default_parameter=Parameter(negative_iterable=(), negative_none=()),
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+    suppress_keyboard_interrupt=False,
 )
-
-
-def _print_version(wanted: bool) -> bool:
-    if wanted:
-        from nest.version import __version__
-
-        typer.echo(f"nest {__version__}")
-        raise typer.Exit
-    return wanted
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version)
-    ] = False,
-) -> None:
-    pass
-
-
 for _name, _module in (
     ("demo", demo),
     ("select", select),
@@ -62,8 +42,8 @@ for _name, _module in (
     ("revert", revert),
     ("verify", verify),
 ):
-    app.command(_name, help=_module.HELP, epilog=_module.EXAMPLE)(reporting_errors(_module.command))
-app.add_typer(organism.app, name="organism", help=organism.HELP)
+    app.command(_module.command, name=_name, help_epilogue=_module.EXAMPLE)
+app.command(organism.app)
 
 
 def run() -> None:
@@ -73,13 +53,55 @@ def run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     make_usable()
     with stopping_on_signals():
-        try:
-            app()
-        except KeyboardInterrupt as stop:  # before a subcommand was there to tell of it
-            say_stopped(stop)
-            raise SystemExit(exit_code()) from None
-        except SystemExit:
-            if received() is None:
-                raise
-            # also where click or an import made something else of it
-            raise SystemExit(exit_code()) from None
+        raise SystemExit(_code_of(sys.argv[1:]))
+
+
+def _code_of(tokens: Sequence[str]) -> int:
+    """Run a command line; 0, or the exit code of what went wrong, which is told in one line."""
+    try:
+        file = file_in(tokens)
+        app.config = () if file is None else (FileDefaults(file),)
+        app(tokens)
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except SystemExit as end:  # a gate that failed; or an import that was hit by a signal
+        return end.code if received() is None and isinstance(end.code, int) else _stopped(end)
+    except Exception as fault:
+        if received() is not None:  # what a signal hit says something else
+            return _stopped(fault)
+        return _told(fault)
+    return 0
+
+
+def _told(fault: Exception) -> int:
+    """Say what went wrong, and with which code to end.
+
+    Raises:
+        Exception: the fault, where it is none that we know.
+    """
+    cause, kind = fault, None
+    if isinstance(fault, ValidationError) and isinstance(fault.__cause__, Exception):
+        # what the check of a setting said, and not what cyclopts makes of it
+        kind = None if fault.argument is None else kind_of(fault.argument.hint)
+        cause = fault.__cause__
+    if isinstance(cause, NestError):
+        return _say_error(str(cause), EXIT_ERROR)
+    if isinstance(cause, SettingsError):
+        unreadable = any(
+            entry["type"].endswith(("_parsing", "_type", "_from_float")) for entry in cause.errors()
+        )
+        return _say_error(sentence_of(cause, kind), EXIT_USAGE if unreadable else EXIT_ERROR)
+    if isinstance(cause, CycloptsError):
+        return _say_error(f"{cause} (nest COMMAND --help shows the options)", EXIT_USAGE)
+    raise fault
+
+
+def _say_error(text: str, code: int) -> int:
+    say(f"error: {' '.join(text.split())}")
+    return code
+
+
+def _stopped(stop: BaseException) -> int:
+    notes = getattr(stop, "__notes__", ())
+    say("; ".join(("interrupted", *(notes or ("nothing half-written was left",)))))
+    return exit_code()

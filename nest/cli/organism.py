@@ -5,64 +5,56 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import App
 
-from nest.cli.common import (
-    ConfigOption,
-    JsonOption,
-    OverwriteOption,
-    QuietOption,
-    reporting_errors,
-    session,
-)
+from nest.cli.options import RUNNING, WRITING, Running, Spread, Writing
+from nest.cli.session import session
 
-HELP = "The embedded model and its prompt sets."
-app = typer.Typer(no_args_is_help=True, help=HELP)
+app = App(name="organism", help="The embedded model and its prompt sets.")
 
 
-@app.command(
-    "export",
-    help="Write the embedded model and its prompt sets as plain files.",
-    epilog="Example: nest organism export organism",
-)
-@reporting_errors
+@app.command(help_epilogue="Example: nest organism export organism")
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
-    overwrite: OverwriteOption = False,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    folder: Path,
+    /,
+    *,
+    writing: Annotated[Writing, Spread] = WRITING,
+    running: Annotated[Running, Spread] = RUNNING,
 ) -> None:
+    """Write the embedded model and its prompt sets as plain files.
+
+    Args:
+        folder: Folder to write; it must not exist yet.
+    """
     from nest.worlds.build import export_organism
 
-    with session(json, quiet) as run:
-        export_organism(folder, overwrite=overwrite)
+    with session(running) as run:
+        export_organism(folder, overwrite=writing.overwrite)
     run.result(
         {"out": str(folder), "model": str(folder / "model"), "prompts": str(folder / "prompts")},
         f"wrote {folder}/model and {folder}/prompts; what it is stands in {folder}/README.md",
     )
 
 
-@app.command(
-    "build",
-    help="Train an organism from its recipe, measure it and write its folder.",
-    epilog="Example: nest organism build rebuilt --world bazaar",
-)
-@reporting_errors
+@app.command(help_epilogue="Example: nest organism build rebuilt --world bazaar")
 def build(
-    folder: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
-    world: Annotated[
-        str, typer.Option("--world", help="bazaar (the embedded model) or harbour.")
-    ] = "bazaar",
-    overwrite: OverwriteOption = False,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    folder: Path,
+    /,
+    *,
+    world: str = "bazaar",
+    writing: Annotated[Writing, Spread] = WRITING,
+    running: Annotated[Running, Spread] = RUNNING,
 ) -> None:
+    """Train an organism from its recipe, measure it and write its folder.
+
+    Args:
+        folder: Folder to write; it must not exist yet.
+        world: bazaar (the embedded model) or harbour.
+    """
     from nest.worlds.build import build_organism
 
-    with session(json, quiet) as run:
-        measured = build_organism(world, folder, overwrite=overwrite, progress=run.progress)
+    with session(running) as run:
+        measured = build_organism(world, folder, overwrite=writing.overwrite, progress=run.progress)
     run.result(
         {"out": str(folder), **measured},
         *(f"{key}: {value}" for key, value in measured.items() if isinstance(value, float)),

@@ -5,41 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.table import Table
-
-from nest.cli.common import (
-    ConfigOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    PatchOption,
-    QuietOption,
-    RevisionOption,
-    session,
-)
+from nest.cli.options import RUNNING, Running, Spread
+from nest.cli.session import session
 from nest.cli.streams import say
 
-HELP = "Prove what a patch changes in a checkpoint, and that it changes nothing else."
 EXAMPLE = "Example: nest verify --model organism --patch patch --folded folded"
 
 
 def command(
-    model: ModelOption,
-    patch: PatchOption,
-    folded: Annotated[
-        Path | None,
-        typer.Option("--folded", help="Checkpoint of `nest fold` to compare with --model."),
-    ] = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = "auto",
-    config: ConfigOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    *,
+    model: str,
+    patch: Path,
+    folded: Path | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    running: Annotated[Running, Spread] = RUNNING,
 ) -> None:
+    """Prove what a patch changes in a checkpoint, and that it changes nothing else.
+
+    Args:
+        model: The checkpoint without the patch: a local folder, a name on the Hub, or `organism`.
+        patch: Folder that `nest tune` wrote.
+        folded: Checkpoint of `nest fold` to compare with --model.
+        revision: Of a model on the Hub: branch, tag or commit.
+        device: Where logits are computed: auto, cpu, cuda, cuda:1, mps.
+    """
+    from rich.table import Table
+
     from nest import api
 
-    with session(json, quiet) as run:
+    with session(running) as run:
         found = api.verify(model, patch, folded=folded, device=device, revision=revision)
     values: dict[str, Any] = found.to_json()
     table = Table(title="verified" if found.ok else "NOT verified", title_justify="left")
@@ -55,4 +50,4 @@ def command(
             else "error: this is not what the patch recorded: the checkpoint was folded with another "
             "patch, or one of both is damaged; fold it again"
         )
-        raise typer.Exit(1)
+        raise SystemExit(1)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from nest.errors import InputError
+from pydantic import Field
+
+from nest.settings import AtLeastOne, NotNegative, settings
 
 Engine = Literal["auto", "static", "paged"]
 """How answers are decoded."""
 
-ENGINES: tuple[str, ...] = get_args(Engine)
 
-
-@dataclass(frozen=True)
+@settings("evaluation settings")
 class EvaluationConfig:
-    """Settings of `evaluate`; all faults are reported together.
+    """Settings of `evaluate`.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens. Attack success rises with it.
@@ -27,25 +26,8 @@ class EvaluationConfig:
             transformers, or `auto`, which takes the latter where it pays. The answers are the same.
     """
 
-    max_new_tokens: int = 256
-    seed: int = 0
-    bootstrap_resamples: int = 2000
-    benign_twin_prompts: int = 50
+    max_new_tokens: Annotated[int, AtLeastOne] = 256
+    seed: Annotated[int, NotNegative] = 0
+    bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
+    benign_twin_prompts: Annotated[int, NotNegative] = 50
     engine: Engine = "auto"
-
-    def __post_init__(self) -> None:
-        least = {
-            "max_new_tokens": 1,
-            "seed": 0,
-            "bootstrap_resamples": 100,
-            "benign_twin_prompts": 0,
-        }
-        faults = [
-            f"{name} is {getattr(self, name)}; expected at least {bound}"
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
-        if self.engine not in ENGINES:
-            faults.append(f"engine is {self.engine!r}; expected {', '.join(ENGINES)}")
-        if faults:
-            raise InputError("evaluation settings: " + "; ".join(faults))

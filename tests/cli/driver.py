@@ -101,6 +101,16 @@ def everything_under(folder: Path) -> dict[str, bytes]:
     }
 
 
+def with_options(arguments: Sequence[object], *options: object) -> list[object]:
+    """The arguments with these options in place of their own: one that is given twice is refused."""
+    kept = list(arguments)
+    for flag in options[::2]:
+        if flag in kept:
+            place = kept.index(flag)
+            del kept[place : place + 2]
+    return [*kept, *options]
+
+
 def select_arguments(model: Path, data: dict[str, str], out: Path) -> Sequence[object]:
     return (
         *("select", "--model", model, "--unsafe", data["unsafe"], "--safe", data["safe"]),

@@ -17,6 +17,7 @@ from driver import (
     everything_under,
     select_arguments,
     tune_arguments,
+    with_options,
 )
 from safetensors.torch import load_file, save_file
 from tiny_models import build, save_checkpoint, word_tokenizer
@@ -47,9 +48,8 @@ def selecting(world: World, work: Path, **changed: object) -> list[object]:
     model = changed.pop("model", world.model)
     data = {**world.data, **{key: value for key, value in changed.items() if key in world.data}}
     arguments = list(select_arguments(model, data, work.parent / "out"))
-    for key in set(changed) - set(world.data):
-        arguments += [f"--{key}", changed[key]]
-    return arguments
+    options = [(f"--{key}", changed[key]) for key in set(changed) - set(world.data)]
+    return with_options(arguments, *(word for option in options for word in option))
 
 
 def tuning(world: World, work: Path, **changed: object) -> list[object]:
@@ -256,7 +256,7 @@ def test_an_output_that_exists(kind: str, world: World, nest: Nest, work: Path) 
     ("option", "value", "said"),
     [
         ("batch-size", "0", "--batch-size is '0'; it must be auto or a number from 1"),
-        ("seed", "-1", "seed is -1; it must lie in 0 to"),
+        ("seed", "-1", "seed is -1; it must lie in [0, 4294967296)"),
         ("max-clusters", "0", "max_clusters is 0"),
         ("dtype", "int3", "unknown dtype 'int3'"),
         ("device", "abacus", "unknown device 'abacus'"),
@@ -303,7 +303,7 @@ def test_numbers_that_go_bad_keep_the_last_good_step(
         return value * float("nan") if len(steps) > 4 else value
 
     monkeypatch.setattr("nest.tuning.loop.tuning_loss", poisoned)
-    said = nest(*tuning(world, work), "--validate-every", 2, "--json").error
+    said = nest(*with_options(tuning(world, work), "--validate-every", 2), "--json").error
     assert "at step 5 the loss is nan" in said and "layers.0.mlp" in said
     kept = work.parent / "out-step-4"
     assert f"step 4 was good: its patch is in {kept}" in said

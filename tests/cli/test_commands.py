@@ -17,6 +17,7 @@ from driver import (
     everything_under,
     select_arguments,
     tune_arguments,
+    with_options,
 )
 from tiny_models import save_checkpoint
 
@@ -231,7 +232,7 @@ def test_overwriting_has_to_be_asked_for(world: World, nest: Nest, tmp_path: Pat
     before = everything_under(tmp_path)
     assert "--overwrite" in nest(*arguments).error
     assert everything_under(tmp_path) == before
-    assert nest(*arguments, "--overwrite", "--z", "0.5").code == 0
+    assert nest(*with_options(arguments, "--z", "0.5"), "--overwrite").code == 0
     assert everything_under(tmp_path) != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

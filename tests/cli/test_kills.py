@@ -28,6 +28,7 @@ from driver import (
     everything_under,
     select_arguments,
     tune_arguments,
+    with_options,
 )
 
 from nest.artifacts.unfinished import Unfinished, beside
@@ -139,7 +140,7 @@ def test_tuning_goes_on(
     def arguments(out: Path) -> list[object]:
         common = tune_arguments(world.model, world.selection, world.data, out)
         longer = ("--max-steps", 12, "--batch-size", 8, "--validation", 0.2)
-        return [*common, *longer, *options, "--checkpoint-every", 1]
+        return with_options(common, *longer, *options, "--checkpoint-every", 1)
 
     out, whole = tmp_path / "out", tmp_path / "whole" / "out"
     for n in kills:

@@ -193,7 +193,7 @@ def test_a_stop_in_the_middle_of_an_import_waits_for_its_end(world: World, tmp_p
 def test_a_stop_before_there_is_a_command_is_told_as_well(world: World, tmp_path: Path) -> None:
     early = (
         "import os, signal, nest.cli.main as m\n"
-        "m.app = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "m.app = lambda tokens: os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     done = as_user(*select(world, tmp_path / "out"), before=early)
     assert done.code == 143
