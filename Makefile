@@ -23,6 +23,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	MYPYPATH=.:$(VENV)/types $(BIN)/mypy -p nest -p nest_kernels
+	PYTHONPATH=.:$(VENV)/types $(BIN)/lint-imports
 
 # Speed and memory against others' methods, on an idle machine. Some of it: make bench ONLY=R1,R8
 bench: $(VENV)/bench.stamp

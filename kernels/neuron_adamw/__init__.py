@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nest_kernels.backend import Backend, use_triton
 from nest_kernels.neuron_adamw import reference
-from nest_kernels.neuron_adamw.plan import LaunchPlan, SiteTable
+from nest_kernels.neuron_adamw.plan import LaunchPlan
 from nest_kernels.neuron_adamw.reference import adamw_step, updated_rows
-from nest_kernels.neuron_adamw.rows import SiteRows
+from nest_kernels.neuron_adamw.site_rows import SiteRows
+from nest_kernels.neuron_adamw.table import SiteTable
 
 __all__ = [
     "SiteRows",

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nest_kernels.neuron_adamw.plan import SiteTable
-from nest_kernels.neuron_adamw.rows import SiteRows
+from nest_kernels.neuron_adamw.site_rows import SiteRows
+from nest_kernels.neuron_adamw.table import SiteTable
 
 
 @torch.no_grad()

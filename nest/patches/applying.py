@@ -12,7 +12,7 @@ from nest.errors import PatchError
 from nest.models.fingerprint import config_hash
 from nest.patches.data import PatchData
 from nest.patches.explaining import explain
-from nest.patches.live import LiveBatch, LiveRows
+from nest.patches.live_rows import LiveBatch, LiveRows
 from nest.patches.tensors import original_rows
 from nest_kernels.neuron_adamw import updated_rows
 

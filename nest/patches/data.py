@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nest.errors import PatchError
 from nest.models.fingerprint import ModelFingerprint
-from nest.patches.rows import delta_rows
+from nest.patches.revert_bits import delta_rows
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest_kernels.neuron_adamw import updated_rows
 
@@ -27,7 +27,7 @@ class PatchData:
         loadings: s, fp32 (N,), for each site; None for the shared form.
         base: Fingerprint of the model without the patch, touched tensors only.
         folded: For each touched parameter the sha256 of its bytes with the patch.
-        revert_bits: For each site what restores the original rows exactly (see `rows.py`).
+        revert_bits: For each site what restores the original rows exactly (see `revert_bits.py`).
         row_checksums: Of all selected rows without and with the patch (`LiveRows.checksum`).
         provenance: How it was made: model, config, seeds, hashes, versions, figures.
     """

@@ -10,7 +10,7 @@ from torch import nn
 from nest.errors import PatchError
 from nest.models.fingerprint import config_hash, dtype_name, tensor_hash
 from nest.patches.data import PatchData
-from nest.patches.live import touched_weights
+from nest.patches.live_rows import touched_weights
 
 
 def explain(patch: PatchData, model: nn.Module, state: Mapping[str, str]) -> NoReturn:

@@ -16,8 +16,8 @@ from nest.models.binding import bind
 from nest.models.fingerprint import ModelFingerprint, dtype_name, tensor_hash
 from nest.models.sites import read_rows, write_rows
 from nest.patches.data import PatchData, by_parameter, check_update, part_delta, part_updated
-from nest.patches.live import checksum
-from nest.patches.rows import pack_revert_bits
+from nest.patches.live_rows import checksum
+from nest.patches.revert_bits import pack_revert_bits
 from nest.selection.selection import NeuronSelection, SiteSelection
 
 

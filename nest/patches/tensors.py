@@ -9,7 +9,7 @@ from nest.models.fingerprint import dtype_name, tensor_hash
 from nest.models.sites import read_rows, write_rows
 from nest.patches.data import PatchData, part_updated
 from nest.patches.explaining import check_state
-from nest.patches.rows import unpack_original_rows
+from nest.patches.revert_bits import unpack_original_rows
 from nest.selection.selection import SiteSelection
 
 

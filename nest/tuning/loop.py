@@ -27,7 +27,7 @@ from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, epochs_of_batches, to_micro_batches
 from nest.tuning.loss import BasePredictions, tuning_loss
 from nest.tuning.memory import is_out_of_memory
-from nest.tuning.protocol import Trainable
+from nest.tuning.trainable import Trainable
 
 # A validation loss of so many times the base's does not come down again.
 DIVERGED = 1.5

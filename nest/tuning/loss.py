@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nest.conversations.answers import Targets, kl_divergence, log_probs_of
 from nest.tuning.company import FirstCompany
 from nest.tuning.dialogues import Example, MicroBatch
-from nest.tuning.protocol import Trainable
+from nest.tuning.trainable import Trainable
 
 # Base predictions are kept for the next epoch up to this much; beyond it they are computed again.
 CACHE_BOUND_BYTES = 512 * 1024**2

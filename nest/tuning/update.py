@@ -18,7 +18,7 @@ from nest.models.wrappers import unwrapped
 from nest.patches.patch import NeuronPatch
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
-from nest.tuning.attach import AddBranch, Part, SplitUpdate, ThroughRows
+from nest.tuning.autograd import AddBranch, Part, SplitUpdate, ThroughRows
 from nest.tuning.config import UpdateMode
 from nest.tuning.preconditions import (
     check_backend,

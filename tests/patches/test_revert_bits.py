@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nest.errors import PatchError
-from nest.patches.rows import delta_rows, pack_revert_bits, unpack_original_rows
+from nest.patches.revert_bits import delta_rows, pack_revert_bits, unpack_original_rows
 from nest_kernels.neuron_adamw import updated_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
