@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nest.artifacts.schema import Entry, Sha256
 from nest.models.binding import bind_all
 from nest.models.sites import NeuronSite
 from nest.models.wrappers import named_buffers, named_parameters, unwrapped
@@ -49,34 +50,17 @@ class ModelFingerprint:
         """Plain values for a manifest."""
         return {**asdict(self), "tensors": dict(self.tensors)}
 
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> ModelFingerprint:
-        """Read what `to_dict` gave.
 
-        Raises:
-            KeyError: an entry is missing.
-            TypeError: an entry is not what `to_dict` writes.
-        """
-        if not isinstance(values, Mapping):
-            raise TypeError("base")
-        config_hash, tensors, dtype = values["config_hash"], values["tensors"], values["dtype"]
-        if not isinstance(config_hash, str) or not isinstance(dtype, str):
-            raise TypeError("base.config_hash, base.dtype")
-        return ModelFingerprint(config_hash, checked_hashes(tensors, "base.tensors"), dtype)
+class FingerprintEntry(Entry):
+    """A fingerprint as a manifest has it."""
 
+    config_hash: str
+    tensors: dict[str, Sha256]
+    dtype: str
 
-def checked_hashes(values: Any, entry: str) -> dict[str, str]:
-    """A dictionary of names to sha256 hashes, checked.
-
-    Raises:
-        TypeError: it is not one; the message is the entry's name.
-    """
-    if not isinstance(values, Mapping):
-        raise TypeError(entry)
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, str) or len(value) != 64:
-            raise TypeError(f"{entry}.{name}")
-    return dict(values)
+    def fingerprint(self) -> ModelFingerprint:
+        """What it says."""
+        return ModelFingerprint(self.config_hash, self.tensors, self.dtype)
 
 
 def fingerprint(model: nn.Module, sites: Sequence[NeuronSite]) -> ModelFingerprint:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nest.artifacts.schema import read_entry
 from nest.artifacts.storage import check_sealed, read_manifest, read_tensors, write_artifact
-from nest.errors import NestError, PatchError, SelectionError
-from nest.models.fingerprint import ModelFingerprint, checked_hashes
+from nest.errors import LayoutError, PatchError, SelectionError
 from nest.patches.card import model_card
 from nest.patches.data import PatchData
-from nest.selection.selection import NeuronSelection, tensor_shapes
+from nest.patches.manifest import PatchManifest
+from nest.selection.selection import NeuronSelection
 
 FORMAT_VERSION = "1.2"
 TENSORS = "patch.safetensors"
@@ -76,78 +77,34 @@ def _manifest(patch: PatchData) -> dict[str, Any]:
 
 def read_patch(folder: str | Path) -> dict[str, Any]:
     """The fields of a `NeuronPatch`, read from a folder and checked; see `NeuronPatch.load`."""
-    manifest = read_manifest(folder, kind="patch")
-    try:
-        if "row_checksums" not in manifest and "folded" in manifest:
-            raise PatchError(
-                f"{folder} was written by a nest before 1.1 of the format, without checksums of its rows; "
-                "tune again, or fold it with that nest"
-            )
-        chosen = _entry(manifest, "selection", dict)
-        update = _entry(manifest, "update", str)
-        if update not in ("shared", "loaded"):
-            raise PatchError(f"{folder}: unknown update {update[:40]!r}; expected shared or loaded")
-        fields: dict[str, Any] = {
-            "base": ModelFingerprint.from_dict(_entry(manifest, "base", dict)),
-            "folded": checked_hashes(_entry(manifest, "folded", dict), "folded"),
-            "row_checksums": _checksums(_entry(manifest, "row_checksums", list)),
-            "provenance": _entry(manifest, "provenance", dict),
-        }
-        expected = _expected_tensors(chosen, loaded=update == "loaded")
-        tensors = read_tensors(Path(folder) / TENSORS, expected, kind="patch")
-        _check_dtypes(tensors)
-        selection = NeuronSelection.from_manifest(chosen, tensors)
-        check_sealed(folder, manifest, TENSORS, kind="patch")
-    except SelectionError as fault:
-        raise PatchError(f"{folder}: {fault}; fetch the patch again") from None
-    except (KeyError, TypeError, ValueError, OverflowError) as fault:
-        if isinstance(fault, NestError):
-            raise
+    values = read_manifest(folder, kind="patch")
+    if "row_checksums" not in values and "folded" in values:
         raise PatchError(
-            f"{folder}: manifest.json lacks or garbles the entry {fault}; fetch the patch again"
-        ) from None
+            f"{folder} was written by a nest before 1.1 of the format, without checksums of its rows; "
+            "tune again, or fold it with that nest"
+        )
+    try:
+        manifest = read_entry(PatchManifest, values, PatchError, "fetch the patch again")
+        tensors = read_tensors(Path(folder) / TENSORS, manifest.tensor_shapes(), kind="patch")
+        _check_dtypes(tensors)
+        selection = NeuronSelection.from_manifest(manifest.selection, tensors)
+        check_sealed(folder, values, TENSORS, kind="patch")
+    except (SelectionError, LayoutError) as fault:
+        raise PatchError(f"{folder}: {fault}; fetch the patch again") from None
     names = [part.site.name for part in selection.sites]
+    before, after = manifest.row_checksums
     return {
-        **fields,
         "selection": selection,
         "vectors": {group: tensors[f"{j}.vectors"] for j, group in enumerate(selection.groups)},
         "loadings": {name: tensors[f"{i}.loadings"] for i, name in enumerate(names)}
-        if update == "loaded"
+        if manifest.update == "loaded"
         else None,
+        "base": manifest.base.fingerprint(),
+        "folded": dict(manifest.folded),
         "revert_bits": {n: tensors[f"{i}.revert"].numpy().tobytes() for i, n in enumerate(names)},
+        "row_checksums": (before, after),
+        "provenance": dict(manifest.provenance),
     }
-
-
-def _entry(manifest: Mapping[str, Any], name: str, kind: type) -> Any:
-    """One entry of a manifest.
-
-    Raises:
-        KeyError, TypeError: it is missing or of another type; the message is its name.
-    """
-    value = manifest[name]
-    if not isinstance(value, kind):
-        raise TypeError(f"'{name}'")
-    return value
-
-
-def _checksums(values: list[Any]) -> tuple[int, int]:
-    if len(values) != 2 or not all(type(v) is int and 0 <= v < 2**64 for v in values):
-        raise TypeError("'row_checksums'")
-    before, after = values
-    return before, after
-
-
-def _expected_tensors(chosen: Mapping[str, Any], *, loaded: bool) -> dict[str, tuple[int, ...]]:
-    expected = tensor_shapes(chosen)
-    groups: dict[str, tuple[int, int]] = {}
-    for i, entry in enumerate(chosen["sites"]):
-        expected[f"{i}.revert"] = (-1,)
-        if loaded:
-            expected[f"{i}.loadings"] = expected[f"{i}.neurons"]
-        groups.setdefault(str(entry["group"]), (int(entry["n_clusters"]), int(entry["width"])))
-    for j, shape in enumerate(groups.values()):
-        expected[f"{j}.vectors"] = shape
-    return expected
 
 
 def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:

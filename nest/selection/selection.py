@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nest.artifacts.schema import read_entry
 from nest.artifacts.storage import check_sealed, read_manifest, read_tensors, write_artifact
 from nest.errors import SelectionError
 from nest.models.binding import bind
@@ -20,10 +21,12 @@ from nest.models.fingerprint import ModelFingerprint, fingerprint
 from nest.models.layouts import find_sites
 from nest.models.sites import NeuronSite
 from nest.selection.config import UpdateForm
+from nest.selection.manifest import SelectionManifest
 from nest.settings import in_range, range_text
 
 FORMAT_VERSION = "1.1"
 TENSORS = "selection.safetensors"
+MEND = "it was not written by nest, or was edited: run `nest select` again"
 
 
 @dataclass(frozen=True)
@@ -269,58 +272,34 @@ class NeuronSelection:
             MissingInputError: no such folder or file.
             SelectionError: damaged, of an unknown version, or inconsistent.
         """
-        manifest = read_manifest(Path(folder), kind="selection")
-        expected = tensor_shapes(manifest)
+        values = read_manifest(Path(folder), kind="selection")
+        manifest = read_entry(SelectionManifest, values, SelectionError, MEND)
+        expected = manifest.tensor_shapes()
         tensors = read_tensors(Path(folder) / TENSORS, expected, kind="selection")
         selection = NeuronSelection.from_manifest(manifest, tensors)
-        check_sealed(folder, manifest, TENSORS, kind="selection")
+        check_sealed(folder, values, TENSORS, kind="selection")
         return selection
 
     @staticmethod
     def from_manifest(
-        manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        manifest: SelectionManifest, tensors: Mapping[str, Tensor]
     ) -> NeuronSelection:
-        """Put a selection together from its manifest and tensors (a patch carries them too)."""
-        try:
-            parts = []
-            for i, entry in enumerate(manifest["sites"]):
-                parts.append(
-                    SiteSelection(
-                        site=NeuronSite.from_dict(entry),
-                        neurons=tensors[f"{i}.neurons"].to(torch.int64),
-                        scores=tensors[f"{i}.scores"].float(),
-                        clusters=tensors[f"{i}.clusters"].to(torch.int64),
-                        width=int(entry["width"]),
-                        group=str(entry["group"]),
-                        n_clusters=int(entry["n_clusters"]),
-                        profiles=tensors.get(f"{i}.profiles"),
-                    )
-                )
-            base = ModelFingerprint.from_dict(manifest["base"])
-            return NeuronSelection(tuple(parts), base, dict(manifest["provenance"]))
-        except SelectionError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as fault:
-            raise SelectionError(
-                f"manifest.json lacks or garbles the entry {fault}; it was not written by nest, or was "
-                "edited: run `nest select` again"
-            ) from None
+        """Put a selection together from its manifest and tensors (a patch carries them too).
 
-
-def tensor_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a selection's manifest announces.
-
-    Raises:
-        SelectionError: the manifest's sites are garbled.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        for i, entry in enumerate(manifest["sites"]):
-            n = int(entry["n_neurons"])
-            for name in ("neurons", "scores", "clusters"):
-                shapes[f"{i}.{name}"] = (n,)
-            if entry["n_profiles"] is not None:
-                shapes[f"{i}.profiles"] = (n, int(entry["n_profiles"]))
-    except (KeyError, TypeError, ValueError) as fault:
-        raise SelectionError(f"manifest.json lacks or garbles the entry {fault}") from None
-    return shapes
+        Raises:
+            SelectionError: they do not fit together.
+        """
+        parts = tuple(
+            SiteSelection(
+                site=entry.site(),
+                neurons=tensors[f"{i}.neurons"].to(torch.int64),
+                scores=tensors[f"{i}.scores"].float(),
+                clusters=tensors[f"{i}.clusters"].to(torch.int64),
+                width=entry.width,
+                group=entry.group,
+                n_clusters=entry.n_clusters,
+                profiles=tensors.get(f"{i}.profiles"),
+            )
+            for i, entry in enumerate(manifest.sites)
+        )
+        return NeuronSelection(parts, manifest.base.fingerprint(), dict(manifest.provenance))
