@@ -38,6 +38,8 @@ setup(
         "torch>=2.6",
         "transformers>=5.0,<6",
         "scikit-learn>=1.4",
+        "scipy>=1.15",
+        "psutil>=5.9",
         "numpy>=1.26",
         "datasets>=3.0",
         "pyarrow>=15",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 
 REPEATS, WARM_UP = 30, 10
 RESAMPLES = 2000
@@ -105,10 +106,16 @@ def ratio_of(
     ours: Sequence[float], theirs: Sequence[float], seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """Ratio of medians and its 95 % bootstrap interval, rounds resampled in pairs."""
-    pairs = np.array([ours, theirs])  # (2, n)
-    draws = np.random.default_rng(seed).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
-    medians = np.median(pairs[:, draws], axis=2)  # (2, resamples)
-    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    found = bootstrap(
+        (np.asarray(ours), np.asarray(theirs)),
+        lambda a, b, axis: np.median(a, axis=axis) / np.median(b, axis=axis),
+        n_resamples=RESAMPLES,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = found.confidence_interval
     return statistics.median(ours) / statistics.median(theirs), (float(low), float(high))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 Interval = tuple[float, float]
 
@@ -37,31 +36,26 @@ class Rate:
         return {"rate": self.rate, "ci95": list(self.ci95), "n": self.n}
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> Interval:
-    """Wilson's score interval of a binomial rate.
+def wilson_interval(successes: int, n: int) -> Interval:
+    """Wilson's 95 % score interval of a binomial rate.
 
-    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n) with p = successes/n. Unlike p ± z·se it has a
-    width at 0 and 1 and stays inside them.
+    Unlike p ± z·se it has a width at 0 and 1 and stays inside them.
 
     Args:
         successes: 0 to n.
         n: Attempts; none gives (0, 1).
-        z: Normal quantile, 1.959964 for 95 %.
 
     Source:
         Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
+    from scipy.stats import binomtest
+
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes out of {n}; expected 0 to n")
     if n == 0:
         return 0.0, 1.0
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    low = 0.0 if successes == 0 else (centre - spread) / scale
-    high = 1.0 if successes == n else (centre + spread) / scale
-    return low, high
+    low, high = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 def clustered_interval(
@@ -86,10 +80,7 @@ def clustered_interval(
         return 0.0, 1.0
     if outcomes.all() or not outcomes.any():
         return wilson_interval(n_behaviours if outcomes.all() else 0, n_behaviours)
-    per_behaviour = outcomes.mean(axis=1)  # (B,)
-    means = _bootstrap_means(per_behaviour, seed, resamples)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    return _bootstrap(outcomes.mean(axis=1), seed, resamples)
 
 
 def paired_difference(
@@ -104,12 +95,20 @@ def paired_difference(
     difference = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     if difference.size == 0:
         raise ValueError("no behaviours to compare; expected at least one")
-    low, high = np.quantile(_bootstrap_means(difference, seed, resamples), (0.025, 0.975))
-    return float(difference.mean()), (float(low), float(high))
+    return float(difference.mean()), _bootstrap(difference, seed, resamples)
 
 
-def _bootstrap_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(values), size=(resamples, len(values)))
-    means: np.ndarray = values[draws].mean(axis=1)
-    return means
+def _bootstrap(values: Float[np.ndarray, " B"], seed: int, resamples: int) -> Interval:
+    """95 % percentile interval of the mean; a single value, or equal ones, have no width."""
+    from scipy.stats import bootstrap
+
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -15,6 +15,8 @@ USABLE = 0.8
 # on the CPU were 3.0 times the logits without the KL, and 5.0 with it and benign answers alone.
 LOGIT_COPIES = 5
 _GIB = 1024**3
+# Where Linux shows the limits of the container that a process is in.
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,28 @@ def free_bytes(device: torch.device) -> int | None:
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    granted = _left_in_container(CGROUPS)
+    return available if granted is None else min(available, granted)
+
+
+def _left_in_container(cgroups: Path) -> int | None:
+    """What a container's limit leaves; None where there is none. Version 2 of cgroups, and version 1."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            numbers = [
+                (cgroups / name).read_text(encoding="ascii").strip() for name in (limit, used)
+            ]
+        except OSError:
+            continue
+        if all(number.isdecimal() for number in numbers):  # `max` is no limit
+            return max(0, int(numbers[0]) - int(numbers[1]))
+    return None
 
 
 def is_out_of_memory(fault: BaseException) -> bool:

@@ -20,6 +20,7 @@ import nest
 from nest.artifacts.storage import SEAL, seal_of
 from nest.errors import MissingInputError, NestError, OutputExistsError, SelectionError
 from nest.models.layouts import find_sites
+from nest.models.sites import NeuronSite
 from nest.selection.selection import NeuronSelection
 
 GATE = "model.layers.0.mlp.gate_proj"
@@ -221,6 +222,23 @@ def test_versions_and_kinds(folder: Path) -> None:
     newer = {**manifest, "format_version": "1.9", "news": 1}
     file.write_text(json.dumps({**newer, "sha256": seal_of(newer)}))
     assert NeuronSelection.load(folder).n_neurons == 4 * len(find_sites(build()))
+
+
+def test_fields_of_a_site_that_come_later_or_are_gone_are_no_fault(folder: Path) -> None:
+    """An artifact of before a field was added stays readable, and one of after it as well."""
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    before = NeuronSelection.load(folder)
+    for entry in manifest["sites"]:
+        for name in ("tensor", "axis", "offset"):
+            del entry[name]
+        entry["expert"] = None
+    file.write_text(json.dumps({**manifest, "sha256": seal_of(manifest)}))
+    assert NeuronSelection.load(folder).sha256() == before.sha256()
+    site = before.sites[0].site
+    assert NeuronSite.from_dict({**site.to_dict(), "expert": 3}) == site
+    with pytest.raises(KeyError, match="module"):
+        NeuronSite.from_dict({"layer": 0, "projection": "fc1", "length": 4})
 
 
 if __name__ == "__main__":
