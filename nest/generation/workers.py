@@ -63,8 +63,10 @@ def run_each(
         min(workers, len(jobs)), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
+        failed: Future[None] = Future()
         futures = [pool.submit(alone, job) for job in jobs]
-        failed = failure_among(futures)
+        for future in futures:
+            watch(future, failed)
         for job, future in zip(jobs, futures, strict=True):
             yield job, next_result(future, failed)
     finally:
@@ -74,19 +76,16 @@ def run_each(
         torch.set_num_threads(threads)  # the workers' one is also what new threads begin with
 
 
-def failure_among(futures: Sequence[Future[R]]) -> Future[None]:
-    """Fails as soon as one of the futures does, and never ends otherwise."""
-    failed: Future[None] = Future()
+def watch(future: Future[Any], failed: Future[None]) -> None:
+    """Have `failed` fail as soon as the future does."""
 
-    def note(future: Future[R]) -> None:
-        fault = None if future.cancelled() else future.exception()
-        if fault is not None and not failed.done():
-            with suppress(InvalidStateError):  # two at once
+    def note(done: Future[Any]) -> None:
+        fault = None if done.cancelled() else done.exception()
+        if fault is not None:
+            with suppress(InvalidStateError):  # another has failed before
                 failed.set_exception(fault)
 
-    for future in futures:
-        future.add_done_callback(note)
-    return failed
+    future.add_done_callback(note)
 
 
 def next_result(future: Future[R], failed: Future[None]) -> R:
