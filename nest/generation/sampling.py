@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 
+from nest.conversations.conversation import Conversation
 from nest.errors import InputError
 
 
@@ -62,3 +65,14 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def request_seed(sampling: Sampling, conversation: Conversation, sample: int) -> int:
+    """The seed of one answer, for engines that draw by themselves, below 2**31.
+
+    Every answer has one of its own: with one seed for all, the first words of all answers would hang on
+    one random number.
+    """
+    asked = [sampling.seed, sample, conversation.messages(), conversation.prefill]
+    digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    InvalidStateError,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -36,10 +43,11 @@ def run_each(
     workers: int,
     ended: threading.Event | None = None,
 ) -> Iterator[tuple[J, R]]:
-    """Each job with its result, as they are done; without gradients.
+    """Each job with its result, in the jobs' order; without gradients.
 
-    An error of a job, or an interruption, ends all: jobs that have not begun are dropped, and those that
-    have are told by `ended` that nobody waits for them any more.
+    A result waits for those before it, while the threads go on. An error of a job, or an interruption, ends
+    all: jobs that have not begun are dropped, and those that have are told by `ended` that nobody waits for
+    them any more.
     """
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
@@ -55,11 +63,35 @@ def run_each(
         min(workers, len(jobs)), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
-        futures = {pool.submit(alone, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        failed: Future[None] = Future()
+        futures = [pool.submit(alone, job) for job in jobs]
+        for future in futures:
+            watch(future, failed)
+        for job, future in zip(jobs, futures, strict=True):
+            yield job, next_result(future, failed)
     finally:
         if ended is not None:
             ended.set()
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # the workers' one is also what new threads begin with
+
+
+def watch(future: Future[Any], failed: Future[None]) -> None:
+    """Have `failed` fail as soon as the future does."""
+
+    def note(done: Future[Any]) -> None:
+        fault = None if done.cancelled() else done.exception()
+        if fault is not None:
+            with suppress(InvalidStateError):  # another has failed before
+                failed.set_exception(fault)
+
+    future.add_done_callback(note)
+
+
+def next_result(future: Future[R], failed: Future[None]) -> R:
+    """A future's result, or the error of whichever fails before it is there."""
+    either: list[Future[Any]] = [future, failed]
+    wait(either, return_when=FIRST_COMPLETED)
+    if failed.done():
+        failed.result()
+    return future.result()
