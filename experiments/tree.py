@@ -10,7 +10,17 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 START, END = "<!-- tree: made by make tree -->", "<!-- /tree -->"
 ROOMS = (
-    *("cli", "api", "worlds", "reporting", "methods", "evaluation", "tuning", "patches", "selection"),
+    *(
+        "cli",
+        "api",
+        "worlds",
+        "reporting",
+        "methods",
+        "evaluation",
+        "tuning",
+        "patches",
+        "selection",
+    ),
     *("judging", "generation", "activations", "prompts", "conversations", "models", "organism"),
     "artifacts",
 )

@@ -21,8 +21,10 @@ import torch
 from experiments.worlds.conditions import CONDITIONS, SEEDS, Z_THRESHOLDS, Condition
 from nest.artifacts.provenance import package_versions
 from nest.conversations.encoders import ChatEncoder
+from nest.evaluation.config import EvaluationConfig
 from nest.evaluation.evaluate import evaluate
 from nest.evaluation.report import EvalReport
+from nest.generation.static import StaticEngine
 from nest.judging.phrases import PhraseJudge
 from nest.methods.lora import Lora
 from nest.methods.method import Method, Subject, TrainingData
@@ -63,15 +65,13 @@ class World:
     def measure(self, model: Any) -> dict[str, Any]:
         """Attack success, over-refusal and usefulness on held-out objects and wrappers."""
         report = evaluate(
-            model,
-            self.encoder,
+            StaticEngine(model, self.encoder),
             harmful=self.prompt_set("test_harmful"),
             borderline=self.prompt_set("test_borderline"),
             benign=self.prompt_set("test_benign"),
             attacks=self.attacks,
-            judge=PhraseJudge(),
-            max_new_tokens=MAX_NEW_TOKENS,
-            benign_twin_prompts=0,
+            judges=(PhraseJudge(),),
+            config=EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, benign_twin_prompts=0),
         )
         return figures(report)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+from nest.cli.answering import ANSWERING, Answering
 from nest.cli.options import (
     LOADING,
     LONG_WRITING,
@@ -44,6 +45,7 @@ def command(
     out: Path | None = None,
     gate: list[str] | None = None,
     settings: Annotated[EvaluationConfig, Spread] = SETTINGS,
+    answering: Annotated[Answering, Spread] = ANSWERING,
     batch_size: str = "auto",
     putting: Annotated[Putting, Spread] = PUTTING,
     loading: Annotated[Loading, Spread] = LOADING,
@@ -59,7 +61,7 @@ def command(
         benign: Dialogues with the one good answer.
         patch: Evaluate with this patch put in.
         attacks: Names, files of templates, or all; commas between.
-        judge: phrases or reference.
+        judge: phrases, reference, or another; several with commas between, the first one counts.
         refusal_phrases: File of more refusal phrases, one a line.
         out: Folder for eval.json and all responses.
         gate: Exit 3 unless it holds, e.g. over_refusal_rate<=0.02; also attack_success_rate (the mean),
@@ -80,8 +82,12 @@ def command(
         check_report_output(out, overwrite=writing.overwrite)
     loaded = None if patch is None else api.load_patch(patch)
     with session(running) as run, ExitStack() as stack:
-        network, tokenizer = run.load(model, loading)
-        if loaded is not None:
+        network, tokenizer, engine = None, None, answering.made(model, loading, putting, run)
+        if isinstance(engine, str):
+            network, tokenizer = run.load(model, loading)
+        elif size != "auto":
+            raise InputError("--batch-size has no effect with this engine; leave it out")
+        if network is not None and loaded is not None:
             loaded.fold_into(network)
         work = None
         if out is not None:
@@ -97,8 +103,9 @@ def command(
             judge=judge,
             refusal_phrases=refusal_phrases,
             patch=loaded,
-            system=putting.system,
-            template_kwargs=switches,
+            engine=engine,
+            system=putting.system if isinstance(engine, str) else None,
+            template_kwargs=switches if isinstance(engine, str) else None,
             batch_size=size,
             progress=run.progress,
             warn=run.warn,

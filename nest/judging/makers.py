@@ -10,6 +10,15 @@ from nest.judging.phrases import phrase_judge
 from nest.judging.reference import ReferenceJudge
 
 
+def make_judges(names: str, refusal_phrases: str | Path | None = None) -> tuple[Judge, ...]:
+    """Judges by their names, with commas between; the first one is the one that counts.
+
+    Raises:
+        InputError: see `make_judge`.
+    """
+    return tuple(make_judge(name.strip(), refusal_phrases) for name in names.split(","))
+
+
 def make_judge(name: str, refusal_phrases: str | Path | None = None) -> Judge:
     """The judge of a name.
 

@@ -274,6 +274,26 @@ def resolve_attacks(
     return tuple(chosen.values())
 
 
+def asked_attacks(
+    attacks: str | Sequence[str | Attack],
+) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
+    """The attacks to put prompts through, and the names of those that count in the mean.
+
+    The bare prompt is always asked as well; it counts if it was named, or if nothing else is asked.
+
+    Args:
+        attacks: As `resolve_attacks` takes them.
+
+    Raises:
+        InputError: see `resolve_attacks`.
+    """
+    chosen = resolve_attacks(attacks)
+    items = attacks.split(",") if isinstance(attacks, str) else attacks
+    asked = {item.strip() if isinstance(item, str) else item.name for item in items}
+    bare = bool({"none", "all"} & asked) or len(chosen) == 1
+    return tuple(chosen), tuple(attack.name for attack in chosen if bare or attack.name != "none")
+
+
 def load_templates(path: str | Path) -> tuple[TemplateAttack, ...]:
     """Attacks from a `.json` or `.jsonl` file of objects with the keys `name` and `template`.
 

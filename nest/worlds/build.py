@@ -12,7 +12,9 @@ from typing import Any
 from nest.artifacts.storage import check_output, new_folder
 from nest.conversations.encoders import ChatEncoder
 from nest.errors import InputError
+from nest.evaluation.config import EvaluationConfig
 from nest.evaluation.evaluate import evaluate
+from nest.generation.static import StaticEngine
 from nest.judging.phrases import PhraseJudge
 from nest.organism import DATA
 from nest.progress import ProgressCallback
@@ -124,15 +126,14 @@ def measure(
     sets = prompt_sets(world)
     attacks = [TemplateAttack(name, text) for name, text in held_out_wrappers(world).items()]
     report = evaluate(
-        model,
-        encoder,
+        StaticEngine(model, encoder, progress=progress),
         harmful=_prompts(sets["test_harmful"], "test_harmful"),
         borderline=_prompts(sets["test_borderline"], "test_borderline"),
         benign=_prompts(sets["test_benign"], "test_benign"),
         attacks=(NO_ATTACK, *attacks),
-        judge=PhraseJudge(),
-        max_new_tokens=48,
-        progress=progress,
+        judges=(PhraseJudge(),),
+        config=EvaluationConfig(max_new_tokens=48),
+        encoder=encoder,
     )
     wrapped = [report.attack(attack.name).rate for attack in attacks]
     assert report.over_refusal is not None and report.utility is not None
