@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
+    CancelledError,
     Future,
     InvalidStateError,
     ThreadPoolExecutor,
@@ -54,19 +55,25 @@ def run_each(
             yield job, run(job)
         return
 
+    failed: Future[None] = Future()
+
     def alone(job: J) -> R:
-        with torch.no_grad():  # a thread begins with gradients
-            return run(job)
+        if failed.done():  # it was handed to a thread before it could be dropped
+            raise CancelledError
+        try:
+            with torch.no_grad():  # a thread begins with gradients
+                return run(job)
+        except BaseException as fault:
+            with suppress(InvalidStateError):  # another has failed before
+                failed.set_exception(fault)
+            raise
 
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(
         min(workers, len(jobs)), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
-        failed: Future[None] = Future()
         futures = [pool.submit(alone, job) for job in jobs]
-        for future in futures:
-            watch(future, failed)
         for job, future in zip(jobs, futures, strict=True):
             yield job, next_result(future, failed)
     finally:
