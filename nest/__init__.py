@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from nest.version import __version__
 
 if TYPE_CHECKING:
+    from nest.activations.steering import ablating, adding
     from nest.api import evaluate, fold, load, revert, select, tune, tune_result, verify
+    from nest.conversations.conversation import Conversation
     from nest.conversations.encoders import CallableEncoder, ChatEncoder
     from nest.errors import (
         ActivationError,
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
         TuningStoppedError,
     )
     from nest.evaluation.report import EvalReport
+    from nest.generation.sampling import Sampling
+    from nest.generation.scripted import ScriptedEngine
+    from nest.generation.server import ServerEngine
+    from nest.generation.static import StaticEngine
+    from nest.judging.judge import Exchange, Judgement, Verdict
     from nest.models.layouts import find_sites
     from nest.models.sites import NeuronSite
     from nest.patches.patch import NeuronPatch
@@ -40,6 +47,20 @@ if TYPE_CHECKING:
     from nest.tuning.update import ClusterUpdate, trainable
 
 _HOMES = {
+    "nest.conversations.conversation": ("Conversation",),
+    "nest.generation.sampling": ("Sampling",),
+    "nest.generation.static": ("StaticEngine",),
+    "nest.generation.server": ("ServerEngine",),
+    "nest.generation.scripted": ("ScriptedEngine",),
+    "nest.judging.judge": (
+        "Exchange",
+        "Judgement",
+        "Verdict",
+    ),
+    "nest.activations.steering": (
+        "ablating",
+        "adding",
+    ),
     "nest.api": ("evaluate", "fold", "load", "revert", "select", "tune", "tune_result", "verify"),
     "nest.errors": (
         "ActivationError",
@@ -69,9 +90,12 @@ __all__ = [
     "CallableEncoder",
     "ChatEncoder",
     "ClusterUpdate",
+    "Conversation",
     "EngineError",
     "EvalReport",
+    "Exchange",
     "InputError",
+    "Judgement",
     "LayoutError",
     "MissingInputError",
     "NestError",
@@ -81,10 +105,17 @@ __all__ = [
     "NeuronSite",
     "OutputExistsError",
     "PatchError",
+    "Sampling",
+    "ScriptedEngine",
     "SelectionError",
+    "ServerEngine",
     "SiteSelection",
+    "StaticEngine",
     "TuningStoppedError",
+    "Verdict",
     "__version__",
+    "ablating",
+    "adding",
     "evaluate",
     "find_sites",
     "fold",
