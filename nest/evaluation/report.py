@@ -12,7 +12,8 @@ from typing import Any
 
 from nest.errors import InputError, MissingInputError, NestError, OutputExistsError
 from nest.evaluation.metrics import Interval, Rate
-from nest.judging.judge import REFUSALS, SUCCESSES, Verdict
+from nest.judging.agreement import Agreement, agreement_of
+from nest.judging.judge import REFUSALS, SUCCESSES, Judgement, Verdict
 
 SAMPLES_PER_ATTACK = 3
 
@@ -154,6 +155,20 @@ class EvalReport:
         return rate if rate.n else None
 
     @property
+    def agreements(self) -> list[Agreement]:
+        """How far the judge that counts agrees with each of the others."""
+        judged = [one for one in self.responses if one.verdict is not None]
+        names = dict.fromkeys(name for one in judged for name in one.others)
+        return [
+            agreement_of(
+                (self.judge, name),
+                [Judgement(one.verdict) for one in judged if one.verdict is not None],
+                [Judgement(one.others[name]) for one in judged],
+            )
+            for name in names
+        ]
+
+    @property
     def mean_response_characters(self) -> float:
         """Mean length of the answers to harmful requests, in characters."""
         lengths = [len(response.response) for response in self._of("harmful", None)]
@@ -202,6 +217,7 @@ class EvalReport:
                 name: twin.rate for name, twin in twins.items() if twin is not None
             },
             "verdicts": self.verdict_counts,
+            "agreement": [agreement.to_dict() for agreement in self.agreements],
             "mean_response_characters": self.mean_response_characters,
             "samples": [asdict(sample) for sample in self.samples()],
             **self.settings,

@@ -56,6 +56,11 @@ def eval_table(report: EvalReport, before: EvalReport | None = None) -> Table:
     ):
         if rates[-1] is not None:
             table.add_row(label, *map(percent, rates), interval(rates[-1].ci95), "", "")
+    for agreement in report.agreements:
+        kappa = "-" if agreement.kappa is None else f"kappa {agreement.kappa:.2f}"
+        blanks = [""] * (len(columns) - 1)
+        label = f"agrees with `{agreement.judges[1]}`"
+        table.add_row(label, *blanks, f"{100 * agreement.share:.1f} %", kappa, "", "")
     if report.kl_to_base is not None:
         blanks = [""] * (len(columns) - 1)
         table.add_row("KL to base", *blanks, f"{report.kl_to_base:.4f} nats", "", "", "")

@@ -332,6 +332,9 @@ def test_the_first_judge_counts_and_the_others_are_told(tmp_path):
     report = run(judges=(PhraseJudge(), strict))
     assert report.judge == "phrases"
     assert {one.others["strict"] for one in report.responses if one.verdict} == {Verdict.UNPARSED}
+    (agreement,) = report.to_json()["agreement"]
+    assert agreement["judges"] == ["phrases", "strict"]
+    assert (agreement["n"], agreement["agreement"]) == (16, 0.0)
     report.save(tmp_path)
     assert EvalReport.load(tmp_path) == report
     worst = run(judges=(strict,))
