@@ -60,7 +60,9 @@ class VllmEngine:
         **engine_args: Any,
     ) -> None:
         try:
-            self._vllm: Any = import_module("vllm")  # by name: it has no types where it is not installed
+            self._vllm: Any = import_module(
+                "vllm"
+            )  # by name: it has no types where it is not installed
         except ImportError as fault:
             raise InputError(
                 f"the vllm engine needs vLLM, which cannot be imported ({fault}); pip install vllm, or use "

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
+    CancelledError,
     Future,
     InvalidStateError,
     ThreadPoolExecutor,
@@ -54,19 +55,24 @@ def run_each(
             yield job, run(job)
         return
 
+    failed: Future[None] = Future()
+
     def alone(job: J) -> R:
-        with torch.no_grad():  # a thread begins with gradients
-            return run(job)
+        if failed.done():
+            raise CancelledError
+        try:
+            with torch.no_grad():  # a thread begins with gradients
+                return run(job)
+        except BaseException as fault:
+            fail(failed, fault)
+            raise
 
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(
         min(workers, len(jobs)), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
-        failed: Future[None] = Future()
         futures = [pool.submit(alone, job) for job in jobs]
-        for future in futures:
-            watch(future, failed)
         for job, future in zip(jobs, futures, strict=True):
             yield job, next_result(future, failed)
     finally:
@@ -76,20 +82,14 @@ def run_each(
         torch.set_num_threads(threads)  # the workers' one is also what new threads begin with
 
 
-def watch(future: Future[Any], failed: Future[None]) -> None:
-    """Have `failed` fail as soon as the future does."""
-
-    def note(done: Future[Any]) -> None:
-        fault = None if done.cancelled() else done.exception()
-        if fault is not None:
-            with suppress(InvalidStateError):  # another has failed before
-                failed.set_exception(fault)
-
-    future.add_done_callback(note)
+def fail(failed: Future[None], fault: BaseException) -> None:
+    """Say that one of several jobs has failed; of several faults the first counts."""
+    with suppress(InvalidStateError):
+        failed.set_exception(fault)
 
 
 def next_result(future: Future[R], failed: Future[None]) -> R:
-    """A future's result, or the error of whichever fails before it is there."""
+    """A future's result, or the fault of whichever job `fail`s before it is there."""
     either: list[Future[Any]] = [future, failed]
     wait(either, return_when=FIRST_COMPLETED)
     if failed.done():

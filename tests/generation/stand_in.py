@@ -12,7 +12,7 @@ Answer = Callable[[dict[str, Any]], Any]
 """Makes of a request's body the text, the message or the whole reply."""
 
 DROP, STALL, TRICKLE, CUT = "drop", "stall", "trickle", "cut"
-"""Close the connection; never answer; answer for ever, byte by byte; close it in the middle of the reply."""
+"""Close the connection; never answer; answer for ever, byte by byte; close it amid the reply."""
 
 
 def echo(body: dict[str, Any]) -> str:
@@ -21,7 +21,9 @@ def echo(body: dict[str, Any]) -> str:
     return f" says: {users[-1]} seed {body.get('seed')} end of it"
 
 
-def reply_of(message: dict[str, Any], finish: str | None = "stop", n_tokens: int = 7) -> dict[str, Any]:
+def reply_of(
+    message: dict[str, Any], finish: str | None = "stop", n_tokens: int = 7
+) -> dict[str, Any]:
     """A whole reply."""
     choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
     return {"id": "1", "choices": [choice], "usage": {"completion_tokens": n_tokens}}
@@ -69,7 +71,9 @@ class StandIn:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.stand_in = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}
+        )
 
     def __enter__(self) -> StandIn:
         self._thread.start()
