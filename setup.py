@@ -51,11 +51,14 @@ setup(
         "rich>=13.7",
         "matplotlib>=3.8",
         "jinja2>=3.1",
+        "httpx>=0.27",
+        "tenacity>=8.3",
     ],
     extras_require={
         "gpu": ["triton>=3.2; platform_system == 'Linux'"],
         "baselines": ["peft>=0.14", "accelerate>=1.0"],
         "bench": ["peft>=0.14", "accelerate>=1.0", "nnsight>=0.5"],
+        "vllm": ["vllm>=0.8.5; platform_system == 'Linux'"],
         "eval": ["lm-eval>=0.4.5"],
         "loops": ["trl>=1.0", "accelerate>=1.4", "peft>=0.18"],
         "dev": [

@@ -12,7 +12,7 @@ Answer = Callable[[dict[str, Any]], Any]
 """Makes of a request's body the text, the message or the whole reply."""
 
 DROP, STALL, TRICKLE, CUT = "drop", "stall", "trickle", "cut"
-"""Close the connection; never answer; answer for ever, byte by byte; close it in the middle."""
+"""Close the connection; never answer; answer for ever, byte by byte; close it amid the reply."""
 
 
 def echo(body: dict[str, Any]) -> str:

@@ -81,9 +81,9 @@ def _drawn_of_likeliest(
 ) -> Int[Tensor, " B"]:
     """As `drawn`, where the tokens that are kept have to be found."""
     n_vocabulary = scores.shape[1]
-    total = _checked(scores.exp().sum(1, keepdim=True).double())  # (B, 1)
     sizes = [min(sampling.top_k, n_vocabulary)]
     if sampling.top_k == 0:
+        total = _checked(scores.exp().sum(1, keepdim=True).double())  # (B, 1)
         sizes = [*(size for size in NUCLEUS_TOKENS if 8 * size < n_vocabulary), n_vocabulary]
     tokens = torch.empty_like(chance, dtype=torch.int64)
     rows = torch.arange(len(scores), device=scores.device)
@@ -91,7 +91,7 @@ def _drawn_of_likeliest(
         values, ids = _likeliest(scores[rows], size)  # (rows, size)
         weights = values.double().exp()
         sums = weights.cumsum(1)
-        enough = sampling.top_p * (sums[:, -1:] if sampling.top_k else total[rows])
+        enough = sampling.top_p * (_checked(sums[:, -1:]) if sampling.top_k else total[rows])
         weights = weights.masked_fill(sums - weights >= enough, 0)
         tokens[rows] = _in_order(weights, ids, chance[rows], n_vocabulary)
         rows = rows[sums[:, -1] < enough.squeeze(1)]

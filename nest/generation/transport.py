@@ -24,7 +24,7 @@ import httpx
 import tenacity
 
 from nest.errors import EngineError, InputError
-from nest.generation.workers import next_result, watch
+from nest.generation.workers import fail, next_result
 
 K = TypeVar("K")
 R = TypeVar("R")
@@ -132,13 +132,17 @@ class Transport:
 
             async def ask(key: K, body: Mapping[str, Any]) -> R:
                 async with slots:
-                    return read(key, await self._posted(loop.client, path, body))
+                    if failed.done():  # nothing more is asked after an error
+                        raise asyncio.CancelledError
+                    try:
+                        return read(key, await self._posted(loop.client, path, body))
+                    except Exception as fault:
+                        fail(failed, fault)
+                        raise
 
             def send() -> None:
                 for key, body in islice(coming, AHEAD * self._in_flight - len(waiting)):
-                    future = loop.submit(ask(key, body))
-                    watch(future, failed)
-                    waiting.append((key, future))
+                    waiting.append((key, loop.submit(ask(key, body))))
 
             send()
             while waiting:

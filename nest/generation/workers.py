@@ -58,14 +58,13 @@ def run_each(
     failed: Future[None] = Future()
 
     def alone(job: J) -> R:
-        if failed.done():  # it was handed to a thread before it could be dropped
+        if failed.done():
             raise CancelledError
         try:
             with torch.no_grad():  # a thread begins with gradients
                 return run(job)
         except BaseException as fault:
-            with suppress(InvalidStateError):  # another has failed before
-                failed.set_exception(fault)
+            fail(failed, fault)
             raise
 
     threads = torch.get_num_threads()
@@ -83,20 +82,14 @@ def run_each(
         torch.set_num_threads(threads)  # the workers' one is also what new threads begin with
 
 
-def watch(future: Future[Any], failed: Future[None]) -> None:
-    """Have `failed` fail as soon as the future does."""
-
-    def note(done: Future[Any]) -> None:
-        fault = None if done.cancelled() else done.exception()
-        if fault is not None:
-            with suppress(InvalidStateError):  # another has failed before
-                failed.set_exception(fault)
-
-    future.add_done_callback(note)
+def fail(failed: Future[None], fault: BaseException) -> None:
+    """Say that one of several jobs has failed; of several faults the first counts."""
+    with suppress(InvalidStateError):
+        failed.set_exception(fault)
 
 
 def next_result(future: Future[R], failed: Future[None]) -> R:
-    """A future's result, or the error of whichever fails before it is there."""
+    """A future's result, or the fault of whichever job `fail`s before it is there."""
     either: list[Future[Any]] = [future, failed]
     wait(either, return_when=FIRST_COMPLETED)
     if failed.done():

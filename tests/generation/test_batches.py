@@ -4,6 +4,7 @@ import pytest
 from tiny_decoders import number_prompts
 
 from nest.errors import InputError
+from nest.generation import batches as planning
 from nest.generation.batches import families, plan_batches
 
 HEAD = [7, 8, 9] * 10
@@ -69,3 +70,28 @@ def test_a_prompt_that_is_the_beginning_of_another():
 def test_a_prompt_that_fills_the_context():
     with pytest.raises(InputError, match="64 tokens and the model's context 64"):
         plan([tuple(range(64))])
+
+
+# --- several answers to a prompt ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_samples", [1, 3, 16, 100])
+@pytest.mark.parametrize("batch_size", [1, 16, 256])
+@pytest.mark.parametrize("cost", [0, 50, 10**6])
+def test_every_answer_is_in_one_batch_within_bounds(n_samples, batch_size, cost):
+    batches = plan(batch_size=batch_size, batch_cost_tokens=cost, n_samples=n_samples)
+    answers = [(i, sample) for batch in batches for i in batch.indices for sample in batch.samples]
+    assert sorted(answers) == [(i, s) for i in range(len(UNIQUE)) for s in range(n_samples)]
+    for batch in batches:
+        assert len(batch.indices) * len(batch.samples) <= batch_size
+        # answers to a prompt part only where one batch does not hold them
+        assert len(batch.samples) in (n_samples, min(n_samples, batch_size), n_samples % batch_size)
+
+
+def test_a_prompt_of_many_answers_is_not_held_too_often(monkeypatch):
+    monkeypatch.setattr(planning, "HELD_TOKENS", 400)
+    for n_samples in (1, 4, 50):
+        for batch in plan(n_samples=n_samples, batch_size=256, batch_cost_tokens=0):
+            longest = len(UNIQUE[batch.indices[0]])
+            held = len(batch.indices) * len(batch.samples) * longest
+            assert held <= 400 or len(batch.indices) * len(batch.samples) == 1
