@@ -128,6 +128,7 @@ class ScriptedGuard(nn.Module):
         logits = torch.zeros(*input_ids.shape, len(self.tokenizer))
         for row, ids in enumerate(input_ids):
             own = ids if attention_mask is None else ids[attention_mask[row].bool()]
+            assert self.tokenizer.pad_token_id not in own.tolist(), "padding is not masked"
             text = self.tokenizer.decode(own, skip_special_tokens=False)
             asked, _, said = text.rpartition("<|guard|>")
             script = self.lead + self.reply(asked)

@@ -55,6 +55,22 @@ def tiny_llama(tokenizer: Any, seed: int = 0) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def tiny_gpt2(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_inner=24,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 # --- what is read -----------------------------------------------------------------------------------
 
 
@@ -351,9 +367,11 @@ def test_a_checkpoint_is_loaded_and_judges(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_last_logits_are_those_of_a_plain_forward_pass(batch_size: int) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_last_logits_are_those_of_a_plain_forward_pass(family: str, batch_size: int) -> None:
+    """Of relative and of absolute positions."""
     tokenizer = byte_tokenizer()
-    model = tiny_llama(tokenizer)
+    model = tiny_llama(tokenizer) if family == "llama" else tiny_gpt2(tokenizer)
     sequences = [[5, 6, 7], [8] * 40, [9, 10]]
     rows: dict[int, torch.Tensor] = {}
     for indices, logits in last_logits(model, sequences, tokenizer.pad_token_id, batch_size):
