@@ -2,8 +2,8 @@
 
 From `readings.json`: for each answer a reader's verdict, the judge's, and that of the rule that came
 before (a phrase in the first 200 characters refuses, whatever follows). Texts are kept of refusals only,
-and judged anew here; of all other answers the hash is kept. With `--answers NAME=FILE`, what `answers.py` wrote, all of
-one set are judged anew.
+and judged anew here; of all other answers the hash is kept. With `--answers NAME=FILE`, what `answers.py`
+wrote, all of one set are judged anew.
 """
 
 from __future__ import annotations
