@@ -449,6 +449,13 @@ def test_what_a_server_refuses_costs_no_other() -> None:
     assert "too long" in found[1].said
 
 
+def test_a_server_that_refuses_the_known_pair_says_why() -> None:
+    engine = RefusingEngine(lambda c: reply_of("qwen3guard", whole(c)))
+    engine.word = "egg"
+    with pytest.raises(InputError, match="the server refuses the request"):
+        ServerGuard(engine, "qwen3guard")
+
+
 def test_a_server_that_fails_is_an_error() -> None:
     def fail(_: Conversation) -> str:
         raise EngineError("the server stalls")
