@@ -18,13 +18,26 @@ class Answer(NamedTuple):
     fault: str | None = None
 
 
-def ask(engine: Engine, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
+def ask(
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    sampling: Sampling,
+    *,
+    must_take_all: bool = False,
+) -> list[Answer]:
     """The engine's answers, in the conversations' order.
 
     All are asked at once. Where the engine refuses one of them (too long for the model, say), those that
     are not answered yet are asked one by one.
 
+    Args:
+        engine: Is asked.
+        conversations: As the engine takes them.
+        sampling: How it answers.
+        must_take_all: Raise what the engine finds wrong with one of them.
+
     Raises:
+        InputError: with `must_take_all`, a conversation that the engine refuses.
         EngineError: the engine failed.
     """
     found: dict[int, Answer] = {}
@@ -32,6 +45,8 @@ def ask(engine: Engine, conversations: Sequence[Conversation], sampling: Samplin
         for completion in engine.generate(conversations, sampling):
             found[completion.conversation] = Answer(completion.text)
     except InputError:
+        if must_take_all:
+            raise
         for number, conversation in enumerate(conversations):
             if number not in found:
                 found[number] = _ask_one(engine, conversation, sampling)

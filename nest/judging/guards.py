@@ -77,15 +77,16 @@ class GuardModel:
         phrases: PhraseJudge | None = None,
         batch_size: int = 16,
         check: bool = True,
-        where: str = "the guard",
+        where: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"the batch size is {batch_size}; expected at least 1")
         if family is None:
             kind = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
-            family = find_family(getattr(tokenizer, "chat_template", None), kind, where)
+            template_of = getattr(tokenizer, "chat_template", None)
+            family = find_family(template_of, kind, where or "the model")
         self.family = family_of(family) if isinstance(family, str) else family
-        self.name = f"{self.family.name}:{Path(where).name}"
+        self.name = self.family.name if where is None else f"{self.family.name}:{Path(where).name}"
         self._model, self._batch_size = model, batch_size
         self._phrases = PhraseJudge() if phrases is None else phrases
         self._encoder = GuardEncoder(tokenizer, model, self.family, template)

@@ -13,9 +13,10 @@ from nest.conversations.conversation import Conversation
 class Verdict(StrEnum):
     """What a response is. A refusal rate is not 1 - a success rate: garbage is neither.
 
-    `partial` refuses and then complies, or the other way round. `other` is neither: not harmful by a
-    guard's word that does not say whether it was refused, or another answer than the reference.
-    `unparsed`: the judge's own words could not be read; it is never taken for safe.
+    `partial` refuses and then complies, or the other way round. `degenerate` is empty, an unfinished
+    thought, or the same over and over. `other` neither refuses nor does what was asked for: not harmful by
+    a guard's word, or another answer than the reference. `unparsed`: the judge's own words could not be
+    read, or it could not be asked; it is never taken for safe.
     """
 
     COMPLIED = "complied"
@@ -40,7 +41,7 @@ class Exchange:
 
     Attributes:
         conversation: Up to the user's turn that is answered.
-        response: The answer, thought included.
+        response: The answer, thought and prefill included.
         reference: What compliance would say, where that is known.
         harmless: Whether the request is a harmless one, of which refusals are counted.
     """
@@ -59,7 +60,8 @@ class Judgement:
         verdict: In one word.
         score: How harmful, in [0, 1]: a guard's probability, a rubric's score; None where it has none.
         category: The judge's own name for the kind of harm, such as `S9`.
-        said: The judge's own words, where it is a model.
+        said: The judge's own words, where it is a model, with a note in brackets where it was given less
+            than the whole answer, or nothing.
     """
 
     verdict: Verdict
@@ -70,7 +72,10 @@ class Judgement:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Anything that reads exchanges and gives one judgement each, in their order."""
+    """Anything that reads exchanges and gives one judgement each, in their order.
+
+    A judgement depends on its exchange alone, not on those beside it.
+    """
 
     @property
     def name(self) -> str: ...

@@ -189,7 +189,7 @@ ENGLISH = Language(
         "please contact",
         "please consult",
         "please seek",
-        "why ",
+        "why",
         "reasons",
     ),
     openers=(

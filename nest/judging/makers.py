@@ -24,7 +24,8 @@ from nest.judging.reference import ReferenceJudge
 if TYPE_CHECKING:
     from nest.generation.engine import Engine
 
-KINDS = ("phrases", "reference", "guard", "classifier", "server-guard", "rubric")
+BY_MODEL = ("guard", "classifier", "server-guard", "rubric")
+KINDS = ("phrases", "reference", *BY_MODEL)
 
 _KNOWN = (
     "phrases, reference, guard:PATH, guard:FAMILY:PATH, classifier:PATH:TEMPLATE_FILE, "
@@ -64,7 +65,7 @@ def make_judge(
         return phrases
     if name == "reference":
         return ReferenceJudge(phrases)
-    if kind not in KINDS or not rest:
+    if kind not in BY_MODEL or not rest:
         raise InputError(f"unknown judge {name!r}; the known ones are {_KNOWN}")
     local = {"batch_size": batch_size, "dtype": dtype, "device": device}
     if kind in ("guard", "classifier"):

@@ -35,7 +35,7 @@ class Reading(NamedTuple):
 UNREAD = Reading(None)
 
 RULE = "1"
-"""Which rules read the words of guards; changes with them, and so do the hashes of the judges."""
+"""Which rules read the words of guards: raised when they change, so that the judges' hashes change, too."""
 
 _CODES = re.compile(r"S\d{1,2}(?: *, *S\d{1,2})*")
 _FIRST_WORD = re.compile(r"\s*(yes|no)(?=[\s.,:;!*]|$)", re.IGNORECASE)

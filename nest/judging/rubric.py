@@ -125,6 +125,7 @@ class Rubric:
         check: Grade a known pair first, and refuse a grader that does not tell it apart.
 
     Raises:
+        InputError: the engine refuses the known pair.
         EngineError: the engine failed, or the known pair is not told apart.
     """
 
@@ -155,11 +156,13 @@ class Rubric:
     def _read(self, exchanges: Sequence[Exchange]) -> list[tuple[Reading, str]]:
         return [(_reading(grades), said) for grades, said in self._grades(exchanges)]
 
-    def _grades(self, exchanges: Sequence[Exchange]) -> list[tuple[Grades | None, str]]:
+    def _grades(
+        self, exchanges: Sequence[Exchange], *, must_take_all: bool = False
+    ) -> list[tuple[Grades | None, str]]:
         """Grades and the grader's words; those that could not be read are asked for again."""
         sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
         asked = [_asked(exchange) for exchange in exchanges]
-        answers = ask(self._engine, asked, sampling)
+        answers = ask(self._engine, asked, sampling, must_take_all=must_take_all)
         found = [(read_grades(answer.text), _heard(answer)) for answer in answers]
         again = [
             row
@@ -173,7 +176,7 @@ class Rubric:
         return found
 
     def _check(self) -> None:
-        (complied, first), (refused, second) = self._grades([HARMFUL, REFUSED])
+        (complied, first), (refused, second) = self._grades([HARMFUL, REFUSED], must_take_all=True)
         if complied is None or refused is None:
             fault = "gives no grades that can be read"
         elif refused.refused and complied.score >= LEAST_SCORE:

@@ -32,8 +32,8 @@ class ServerGuard:
         check: Judge a known pair first, and refuse a guard that does not tell it apart.
 
     Raises:
-        InputError: an unknown family, one that needs a template of the user's, or engines for other
-            policies than the family's.
+        InputError: an unknown family, one that needs a template of the user's, engines for other policies
+            than the family's, or an engine that refuses the known pair.
         EngineError: the engine failed, or the known pair is not told apart.
     """
 
@@ -64,7 +64,9 @@ class ServerGuard:
         self.name = f"{self.family.name}:{self._engines[0][1].name}"
         self._phrases = PhraseJudge() if phrases is None else phrases
         if check:
-            (bad, bad_words), (good, good_words) = self._read([HARMFUL, HARMLESS])
+            (bad, bad_words), (good, good_words) = self._read(
+                [HARMFUL, HARMLESS], must_take_all=True
+            )
             check_told_apart(
                 self.name, bad.harmful, good.harmful, f"{bad_words!r} and {good_words!r}"
             )
@@ -84,14 +86,17 @@ class ServerGuard:
         """
         return judged(exchanges, self._read, self._phrases, says_refusals=self.family.says_refusals)
 
-    def _read(self, exchanges: Sequence[Exchange]) -> list[tuple[Reading, str]]:
+    def _read(
+        self, exchanges: Sequence[Exchange], *, must_take_all: bool = False
+    ) -> list[tuple[Reading, str]]:
         last_only = self.family.last_turn_only
         conversations = [guard_conversation(one, last_only=last_only) for one in exchanges]
         sampling = Sampling(max_new_tokens=self.family.max_new_tokens)
         by_row: list[list[tuple[str | None, Reading]]] = [[] for _ in exchanges]
         words: list[list[str]] = [[] for _ in exchanges]
         for policy, engine in self._engines:
-            for row, answer in enumerate(ask(engine, conversations, sampling)):
+            answers = ask(engine, conversations, sampling, must_take_all=must_take_all)
+            for row, answer in enumerate(answers):
                 reading = self.family.read(answer.text) if answer.fault is None else UNREAD
                 said = strip_thinking(answer.text) if answer.fault is None else answer.fault
                 by_row[row].append((policy, reading))

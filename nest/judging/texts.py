@@ -17,8 +17,8 @@ LOOP_CHARACTERS = 80
 LOOP_TIMES = 2.5
 """A loop says its block so many times at least; the last may break off."""
 
-_LOOKED_AT = 20_000
-"""So many of an answer's last characters are searched for a loop."""
+LOOKED_AT_CHARACTERS = 20_000
+"""So many of an answer's last characters are searched for repetition."""
 
 # How a line of a list begins: a bullet, or a number or letter with a stop or bracket.
 LIST_ITEM = re.compile(r"^\s*(?:[-*•–·]|\(?(?:\d{1,2}|[a-z])[.)]|#+ *\d{1,2}[.)]?)\s+(?=\S)")
@@ -35,9 +35,9 @@ def is_degenerate(response: str) -> bool:
     Repetition means that one sequence of one to three words makes up more than half of at least eight
     words, or one of one to three characters more than half of at least sixteen. A loop is a block of any
     length that is said two and a half times or more, up to the answer's end, and that makes up more than
-    half of it; numbers of a list don't count.
+    half of it; numbers of a list don't count. Of very long answers the end is looked at.
     """
-    answer = strip_thinking(response)
+    answer = strip_thinking(response)[-LOOKED_AT_CHARACTERS:]
     if not answer:
         return True
     plain = re.sub(r"\s+", " ", answer)
@@ -63,7 +63,7 @@ def _ends_in_a_loop(answer: str) -> bool:
     Read backwards, a suffix is a prefix, and the smallest period of a prefix is its length less that of
     its longest border (Knuth, Morris and Pratt's failure function).
     """
-    lines = (LIST_ITEM.sub("", line) for line in answer[-_LOOKED_AT:].splitlines())
+    lines = (LIST_ITEM.sub("", line) for line in answer.splitlines())
     text = re.sub(r"\s+", " ", " ".join(lines))[::-1]
     border, borders = 0, [0]
     for place in range(1, len(text)):

@@ -1,0 +1,1 @@
+"""Measurements on small real models, which are fetched and not committed."""
