@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # fetch a CUDA build and you want none: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-versions check bench bench-gpu worlds tables tree format clean
+.PHONY: demo test test-versions check bench bench-gpu worlds tables docs format clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/nest demo --out nest-demo --overwrite
@@ -39,9 +39,10 @@ worlds: $(VENV)/dev.stamp
 	$(BIN)/python -m experiments.worlds.run
 	$(MAKE) tables
 
-# README's tree anew, from the files.
-tree: $(VENV)/dev.stamp
+# What is written from the code itself: the README's tree, and docs/commands.md from the settings.
+docs: $(VENV)/dev.stamp
 	$(BIN)/python -m experiments.tree
+	$(BIN)/python -m experiments.commands
 
 # README's tables anew, from the committed result files.
 tables: $(VENV)/dev.stamp

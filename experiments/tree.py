@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-START, END = "<!-- tree: made by make tree -->", "<!-- /tree -->"
+START, END = "<!-- tree: made by make docs -->", "<!-- /tree -->"
 ROOMS = (
     *(
         "cli",
