@@ -11,7 +11,7 @@ COMMANDS = Path(__file__).parents[1] / "docs" / "commands.md"
 
 def render() -> str:
     """The document; how it is laid out is cyclopts'."""
-    return f"<!-- made by make docs -->\n{app.generate_docs().rstrip()}\n"
+    return f"<!-- made by make docs -->\n{app.generate_docs(usage_name='nest').rstrip()}\n"
 
 
 if __name__ == "__main__":

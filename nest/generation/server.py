@@ -1,4 +1,4 @@
-"""Answers of any OpenAI-compatible chat server: vLLM, SGLang, llama.cpp. Imports httpx: import it late."""
+"""Answers of any OpenAI-compatible chat server: vLLM, SGLang, llama.cpp."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from nest.errors import EngineError, InputError
 from nest.generation.engine import Completion, Finish, Progress
 from nest.generation.sampling import Sampling, request_seed
 from nest.generation.texts import before_stop
-from nest.generation.transport import Transport
 
 TOP_LOGPROBS = 20
 """Of so many tokens a server tells the log-probabilities; vLLM tells no more unless it is told to."""
@@ -91,6 +90,8 @@ class ServerEngine:
         answers_assistant_turns: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        from nest.generation.transport import Transport  # httpx draws a random number on import
+
         self._transport = Transport(
             url,
             api_key=os.environ.get("OPENAI_API_KEY") if api_key is None else api_key,
