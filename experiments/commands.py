@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from unittest import mock
 
 from nest.cli.main import app
 
@@ -10,8 +12,10 @@ COMMANDS = Path(__file__).parents[1] / "docs" / "commands.md"
 
 
 def render() -> str:
-    """The document; how it is laid out is cyclopts'."""
-    return f"<!-- made by make docs -->\n{app.generate_docs(usage_name='nest').rstrip()}\n"
+    """The document; how it is laid out is cyclopts', which names the program that runs."""
+    with mock.patch.object(sys, "argv", ["nest"]):
+        text = app.generate_docs()
+    return f"<!-- made by make docs -->\n{text.rstrip()}\n"
 
 
 if __name__ == "__main__":
