@@ -47,6 +47,7 @@ docs: $(VENV)/dev.stamp
 # README's tables anew, from the committed result files.
 tables: $(VENV)/dev.stamp
 	$(BIN)/python -m experiments.worlds.tables
+	$(BIN)/python -m experiments.real.judging.tables
 	$(BIN)/python -m experiments.benchmarks.tables
 
 format: $(VENV)/dev.stamp
