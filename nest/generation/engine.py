@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,9 +15,6 @@ Finish = Literal["stop", "length", "unknown"]
 
 Which = Literal["auto", "static", "paged"]
 """The engines in this process; `auto` takes the paged one where it should pay."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 
 class Completion(NamedTuple):

@@ -6,10 +6,11 @@ from torch import nn
 
 from nest.conversations.encoders import Encoder
 from nest.errors import InputError
-from nest.generation.engine import Engine, Progress, Which
+from nest.generation.engine import Engine, Which
 from nest.generation.paged import PagedEngine, pays
 from nest.generation.sampling import GREEDY, Sampling
 from nest.generation.static import StaticEngine
+from nest.progress import ProgressCallback
 
 
 def local_engine(
@@ -18,7 +19,7 @@ def local_engine(
     which: Which = "auto",
     *,
     batch_size: int = 256,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     sampling: Sampling = GREEDY,
 ) -> Engine:
     """An engine for a model in this process.

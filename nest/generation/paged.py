@@ -15,9 +15,10 @@ from nest.conversations.encoders import Encoder
 from nest.errors import EngineError, InputError
 from nest.generation.asked import Asked, identity_of
 from nest.generation.decoding import Decoded
-from nest.generation.engine import Completion, Progress
+from nest.generation.engine import Completion
 from nest.generation.sampling import Sampling
 from nest.models.modes import eval_mode
+from nest.progress import ProgressCallback
 
 PAGE_TOKENS = 32
 """Tokens of a prompt are shared with others, and room is handed out, in pages of this size."""
@@ -94,7 +95,7 @@ class PagedEngine:
         encoder: Encoder,
         *,
         batch_size: int = 256,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1")

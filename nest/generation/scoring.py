@@ -15,9 +15,9 @@ from nest.conversations.encoders import Encoder
 from nest.errors import ActivationError, InputError
 from nest.generation.batches import DecodingBatch
 from nest.generation.decoding import Choice
-from nest.generation.engine import Progress
 from nest.generation.sampling import Sampling
 from nest.generation.static import decoded_batches, planned
+from nest.progress import ProgressCallback
 
 
 class LocalScorer:
@@ -44,7 +44,7 @@ class LocalScorer:
         encoder: Encoder,
         *,
         batch_size: int = 256,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1")

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from nest.conversations.conversation import Conversation
 from nest.conversations.thoughts import TAGS
 from nest.errors import EngineError, InputError
-from nest.generation.engine import Completion, Finish, Progress
+from nest.generation.engine import Completion, Finish
 from nest.generation.sampling import Sampling, request_seed
 from nest.generation.texts import before_stop
+from nest.progress import ProgressCallback
 
 TOP_LOGPROBS = 20
 """Of so many tokens a server tells the log-probabilities; vLLM tells no more unless it is told to."""
@@ -88,7 +89,7 @@ class ServerEngine:
         template_kwargs: Mapping[str, Any] | None = None,
         system: str | None = None,
         answers_assistant_turns: bool = False,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         from nest.generation.transport import Transport  # httpx draws a random number on import
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Container, Iterator, Sequence
 import torch
 from torch import nn
 
-from nest.artifacts.unfinished import Unfinished
 from nest.conversations.conversation import Conversation
 from nest.conversations.encoders import Encoder
 from nest.errors import EngineError, InputError
@@ -24,11 +23,12 @@ from nest.generation.decoding import (
     greedy,
     may_pad,
 )
-from nest.generation.engine import Completion, Progress, Which
+from nest.generation.engine import Completion, Which
 from nest.generation.paged import paged_answers, pays, require_paged
 from nest.generation.sampling import Sampling
 from nest.generation.workers import n_workers, run_each
 from nest.models.modes import eval_mode
+from nest.progress import ProgressCallback
 
 BATCH_COST_TOKENS = {"cpu": 1024}
 """Prompt tokens that run in the time that one more batch costs, by device.
@@ -76,7 +76,7 @@ class StaticEngine:
         encoder: Encoder,
         *,
         batch_size: int = 256,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1")
@@ -215,7 +215,7 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: int,
     batch_size: int = 256,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     *,
     engine: Which = "auto",
 ) -> list[str]:
@@ -253,55 +253,40 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int = 256,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     *,
     engine: Which = "auto",
-    work: Unfinished | None = None,
 ) -> list[list[int]]:
     """`generate` on token ids: the answers' tokens without the end-of-sequence token.
 
     Args:
         prompts: Token ids, each at least one; equal prompts are decoded once.
-        work: Keeps the answers of every batch, so that a later run decodes the others only.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(
             f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; expected at least 1"
         )
     unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    batches = planned(model, encoder, unique, sampling, batch_size)
-    answers = _kept_answers(work)
-    batches = [batch for batch in batches if not all(i in answers for i in batch.indices)]
+    batches = planned(model, encoder, unique, Sampling(max_new_tokens=max_new_tokens), batch_size)
+    answers: dict[int, list[int]] = {}
 
     def keep(found: dict[int, list[int]]) -> None:
         answers.update(found)
-        if work is not None:
-            work.journal.add({"answers": {str(index): ids for index, ids in found.items()}})
         if progress is not None:
             progress("generate", len(prompts) * len(answers) // len(unique), len(prompts))
 
     if engine == "paged":
         require_paged(model)
-    if batches and (engine == "paged" or (engine == "auto" and pays(model))):
-        allowances = {i: batch.max_new_tokens for batch in batches for i in batch.indices}
-        left = [index for index in range(len(unique)) if index not in answers]
-        own = [unique[index] for index in left]
-        rooms = [allowances[index] for index in left]
+    if engine == "paged" or (engine == "auto" and pays(model)):
+        rooms = {i: batch.max_new_tokens for batch in batches for i in batch.indices}
+        allowed = [rooms[index] for index in range(len(unique))]
         try:
-            for number, decoded in paged_answers(model, encoder, own, rooms, batch_size):
-                keep({left[number]: decoded.token_ids})
+            for index, decoded in paged_answers(model, encoder, unique, allowed, batch_size):
+                keep({index: decoded.token_ids})
         except EngineError as fault:
             raise InputError(str(fault)) from fault
-        batches = []
-    for batch, found in decoded_batches(model, encoder, unique, batches, lambda _: greedy):
-        keep({i: said.token_ids for i, said in zip(batch.indices, found, strict=True)})
+    else:
+        for batch, found in decoded_batches(model, encoder, unique, batches, lambda _: greedy):
+            keep({i: said.token_ids for i, said in zip(batch.indices, found, strict=True)})
     numbers = {prompt: index for index, prompt in enumerate(unique)}
     return [list(answers[numbers[tuple(prompt)]]) for prompt in prompts]
-
-
-def _kept_answers(work: Unfinished | None) -> dict[int, list[int]]:
-    """The answers that an earlier run left, by the prompt's number among all different ones."""
-    entries = () if work is None else work.journal.entries
-    found = (entry["answers"] for entry in entries if "answers" in entry)
-    return {int(index): ids for answers in found for index, ids in answers.items()}

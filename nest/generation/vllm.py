@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from nest.conversations.conversation import Conversation
 from nest.conversations.thoughts import opened_at_end
 from nest.errors import EngineError, InputError
-from nest.generation.engine import Completion, Finish, Progress
+from nest.generation.engine import Completion, Finish
 from nest.generation.sampling import Sampling, request_seed
+from nest.progress import ProgressCallback
 
 ASKED_AT_ONCE = 1024
 """Answers that vLLM is asked for together: enough to keep it busy, and few to lose in an interruption."""
@@ -56,7 +57,7 @@ class VllmEngine:
         dtype: str = "auto",
         system: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         **engine_args: Any,
     ) -> None:
         try:
