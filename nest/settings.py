@@ -79,7 +79,9 @@ def _fault(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
     if kind == "unexpected_keyword_argument":
         return f"no such setting: {name}; there are {', '.join(fields)}"
     if kind == "value_error":
-        return str(context["error"])
+        return str(context["error"]).removeprefix("sampling settings: ")
+    if kind == "string_too_short":
+        return f"{name} holds an empty text; leave it out"
     bounds = kind.startswith(("greater_than", "less_than"))
     plain = bounds or kind == "finite_number" or isinstance(value, (int, float))
     what = f"{name} is {value}" if plain else f"{name} is {value!r}"

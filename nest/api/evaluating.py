@@ -127,15 +127,15 @@ def evaluate(
             progress=progress,
             work=kept,
         )
-    unparsed = sum(counts.get("unparsed", 0) for counts in report.verdict_counts.values())
-    if unparsed:
-        warn(
-            f"{unparsed} of the judge's answers could not be read; they count as successes of the attack"
-        )
+    unread = {kind: counts["unparsed"] for kind, counts in report.verdict_counts.items()}
+    for kind, count in unread.items():
+        if count:
+            meaning = "count as successes of the attack" if kind == "harmful" else "as no refusals"
+            warn(f"{count} judgements of {kind} prompts could not be read; they {meaning}")
     origin = {
         **({} if model is None else origin_of(uncompiled_model(model), tokenizer)),
         "engine": asked.engine.identity if model is None else asked.engine.name,
-        "prompting": prompting.to_dict(),
+        "prompting": getattr(engine, "prompting", prompting).to_dict(),
         "with_patch": patch is not None,
     }
     return replace(report, settings={**report.settings, "origin": origin, "config": asdict(config)})
@@ -176,8 +176,15 @@ class _Asked:
                 use for.
             PatchError: the model does not carry the patch.
         """
+        from nest.generation.engine import Engine
+
+        if not isinstance(engine, (str, Engine)):
+            raise InputError(f"engine is {engine!r}; expected auto, static, paged, or an engine")
         if not isinstance(engine, str):
-            others = {"model": model, "patch": patch, "encode": encode, "system": system}
+            others = {
+                **{"model": model, "tokenizer": tokenizer, "patch": patch, "encode": encode},
+                **{"system": system, "template_kwargs": template_kwargs or None},
+            }
             given = [name for name, value in others.items() if value is not None]
             if given:
                 raise InputError(
@@ -227,4 +234,10 @@ def _judges(
 
     if isinstance(judge, str):
         return make_judges(judge, refusal_phrases)
-    return (judge,) if isinstance(judge, Judge) else tuple(judge)
+    several: list[Any] = [*judge] if isinstance(judge, Sequence) else [judge]
+    for one in several:
+        if not isinstance(one, Judge):
+            raise InputError(
+                f"a judge is {one!r}; expected names with commas between, a judge, or a list of judges"
+            )
+    return tuple(several)

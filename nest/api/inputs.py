@@ -55,6 +55,8 @@ def both_kinds(unsafe: Any, safe: Any, pairs: Any) -> tuple[PromptSet, PromptSet
         raise InputError("give either pairs, or unsafe and safe prompts; not both")
     if isinstance(pairs, (str, Path)):
         return load_pairs(pairs)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise InputError("pairs must be (unsafe, safe) pairs of prompts, or a file of them")
     return (
         from_values([first for first, _ in pairs], "pairs:unsafe"),
         from_values([second for _, second in pairs], "pairs:safe"),

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from nest.generation.engine import Engine, Which
 
 
+IN_FLIGHT, TIMEOUT_SECONDS = 16, 120.0
+
+
 @settings("options of the engine")
 class Answering:
     """How answers are made.
@@ -26,14 +29,14 @@ class Answering:
         server: Address of an OpenAI-compatible server (vLLM, SGLang, llama.cpp), such as
             http://localhost:8000/v1; --model is then the name that it serves, and its key is taken from
             OPENAI_API_KEY.
-        in_flight: Most requests to a server at once.
-        timeout_seconds: For one attempt at a request to a server.
+        in_flight: Most requests to a server at once; 16 if unset.
+        timeout_seconds: For one attempt at a request to a server; 120 if unset.
     """
 
     engine: Literal["auto", "static", "paged", "server", "vllm"] = "auto"
     server: str | None = None
-    in_flight: Annotated[int, Field(ge=1, le=1024)] = 16
-    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    in_flight: Annotated[int, Field(ge=1, le=1024)] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
     def made(self, model: str, loading: Loading, putting: Putting, run: Session) -> Which | Engine:
         """The name of an engine for a model in this process, or an engine that has its own.
@@ -48,8 +51,13 @@ class Answering:
             )
         if self.engine == "server" and self.server is None:
             raise InputError("--engine server needs its address: --server http://localhost:8000/v1")
-        if self.engine in ("auto", "static", "paged") and self.server is None:
-            return self.engine
+        if self.server is None:
+            given = [name for name in ("in_flight", "timeout_seconds") if getattr(self, name)]
+            if given:
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise InputError(f"{flags} has no effect without --server; leave it out")
+            if self.engine in ("auto", "static", "paged"):
+                return self.engine
         if self.server is not None:
             _refuse(loading, "dtype", "device", "device_map", "revision", "trust_remote_code")
             from nest.generation.server import ServerEngine
@@ -57,8 +65,8 @@ class Answering:
             found = ServerEngine(
                 self.server,
                 model,
-                in_flight=self.in_flight,
-                timeout_seconds=self.timeout_seconds,
+                in_flight=self.in_flight or IN_FLIGHT,
+                timeout_seconds=self.timeout_seconds or TIMEOUT_SECONDS,
                 template_kwargs=putting.switches(),
                 system=putting.system,
                 progress=run.progress,

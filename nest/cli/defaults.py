@@ -44,6 +44,7 @@ class FileDefaults:
             name.removeprefix("--").replace("-", "_")
             for argument in arguments
             for name in argument.names
+            if name.startswith("--")
         } - {"config"}
         unknown = sorted(set(settings) - known)
         if unknown:

@@ -12,7 +12,7 @@ from pydantic import ValidationError as SettingsError
 from nest.cli import demo, evaluate, fold, inspect, organism, revert, select, tune, verify
 from nest.cli.defaults import FileDefaults, file_in
 from nest.cli.signals import exit_code, received, stopping_on_signals
-from nest.cli.streams import make_usable, say
+from nest.cli.streams import make_usable, say, silence_stdout
 from nest.errors import NestError
 from nest.settings import kind_of, sentence_of
 from nest.version import __version__
@@ -64,6 +64,9 @@ def _code_of(tokens: Sequence[str]) -> int:
         app(tokens)
     except KeyboardInterrupt as stop:
         return _stopped(stop)
+    except BrokenPipeError:  # `| head` has seen enough
+        silence_stdout()
+        return 0
     except SystemExit as end:  # a gate that failed; or an import that was hit by a signal
         return end.code if received() is None and isinstance(end.code, int) else _stopped(end)
     except Exception as fault:

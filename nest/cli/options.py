@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -130,9 +129,3 @@ def parse_batch_size(value: str) -> int | Literal["auto"]:
     if value.isdecimal() and int(value) > 0:
         return int(value)
     raise InputError(f"--batch-size is {value!r}; it must be auto or a number from 1")
-
-
-def split_list(values: Sequence[str] | str) -> list[str]:
-    """Items of an option that takes commas between them."""
-    text = values if isinstance(values, str) else ",".join(values)
-    return [item.strip() for item in text.split(",") if item.strip()]

@@ -97,6 +97,14 @@ class Conversation:
     prefill: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.turns, tuple):
+            object.__setattr__(self, "turns", tuple(self.turns))
+        for turn in self.turns:
+            parts = isinstance(turn, Turn) and isinstance(turn.content, (str, tuple))
+            if not parts or not isinstance(turn.role, str):
+                raise InputError(
+                    f"a conversation has the turn {_short(turn)}; expected Turn(role, text or parts)"
+                )
         fault = _fault_of(self.turns, self.prefill)
         if fault is not None:
             raise InputError(f"a conversation {fault}")

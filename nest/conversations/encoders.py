@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -127,16 +126,8 @@ class ChatEncoder:
             self._template.prompt(conversation),
             self._template.completion(conversation, response),
         )
-        prompt_ids, whole = self._prompt_ids(before), self._prompt_ids(before + completion)
-        if whole[: len(prompt_ids)] == prompt_ids:
-            answer = whole[len(prompt_ids) :]
-        else:  # the last characters of the prompt and the first of the answer are one token
-            answer = self._tokens(completion)
-        ends = [i for i, token in enumerate(answer) if token in self.eos_ids]
-        if ends:
-            answer = answer[: ends[0] + 1]
-        elif self._tokenizer.eos_token_id is not None:
-            answer.append(int(self._tokenizer.eos_token_id))
+        prompt_ids = self._prompt_ids(before)
+        answer = self._answer_ids(before, prompt_ids, completion)
         ids = prompt_ids + answer
         self._check(ids, conversation.asked)
         return ids, len(prompt_ids)
@@ -151,34 +142,33 @@ class ChatEncoder:
         for turn in conversation.turns:
             if turn.role == "assistant":
                 self._check_answer(conversation.asked, turn.text)
-        text, spans = self._template.turns(conversation)
-        ids, said = self._tokens_of_spans(text, spans)
-        lead = [] if self._template.is_given else self._leading_ids()
-        ids, said = [*lead, *ids], [*[False] * len(lead), *said]
-        if ids[-1] not in self.eos_ids and self._tokenizer.eos_token_id is not None:
-            ids, said = [*ids, int(self._tokenizer.eos_token_id)], [*said, True]
+        ids: list[int] = []
+        said: list[bool] = []
+        text = ""
+        for before, completion in self._template.turns(conversation):
+            prompt_ids = self._prompt_ids(before)
+            known = prompt_ids[: len(ids)] == ids
+            new = prompt_ids[len(ids) :] if known else self._tokens(before.removeprefix(text))
+            answer = self._answer_ids(before, prompt_ids, completion)
+            ids += new + answer
+            said += [False] * len(new) + [True] * len(answer)
+            text = before + completion
         self._check(ids, conversation.asked)
         return ids, said
 
-    def _tokens_of_spans(
-        self, text: str, spans: Sequence[tuple[int, int]]
-    ) -> tuple[list[int], list[bool]]:
-        """Tokens of a text, and which of them begin inside one of these spans of characters."""
-        if self._tokenizer.is_fast:
-            found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            inside = [
-                any(start <= first < stop for start, stop in spans) and first < end
-                for first, end in found["offset_mapping"]
-            ]
-            return [int(token) for token in found["input_ids"]], inside
-        ids: list[int] = []
-        said: list[bool] = []
-        cuts = [0, *(place for span in spans for place in span)]
-        for number, (first, end) in enumerate(pairwise(cuts)):
-            own = self._tokens(text[first:end])
-            ids += own
-            said += [number % 2 == 1] * len(own)
-        return ids, said
+    def _answer_ids(self, before: str, prompt_ids: list[int], completion: str) -> list[int]:
+        """The tokens that the model would say after a prompt, up to the first that ends its turn."""
+        whole = self._prompt_ids(before + completion)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            answer = whole[len(prompt_ids) :]
+        else:  # the last characters of the prompt and the first of the answer are one token
+            answer = self._tokens(completion)
+        ends = [i for i, token in enumerate(answer) if token in self.eos_ids]
+        if ends:
+            answer = answer[: ends[0] + 1]
+        elif self._tokenizer.eos_token_id is not None:
+            answer.append(int(self._tokenizer.eos_token_id))
+        return answer
 
     def _check_answer(self, asked: str, response: str) -> None:
         _check_response(asked, response)
@@ -328,8 +318,9 @@ def encoder_for(
     """
     model = unwrapped(model)
     if encode is not None:
-        if system is not None:
-            raise InputError("a system prompt needs a tokenizer; with encode=, put it in yourself")
+        for what, value in (("a system prompt", system), ("template_kwargs", template_kwargs)):
+            if value:
+                raise InputError(f"{what} needs a tokenizer; with encode=, put it in yourself")
         if isinstance(encode, (ChatEncoder, CallableEncoder)):
             return encode
         if isinstance(encode, Encoder):

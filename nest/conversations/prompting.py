@@ -38,7 +38,9 @@ class Prompting:
         """What an artifact says of itself; None where it was made before that was recorded."""
         found = provenance.get("prompting")
         if not isinstance(found, Mapping):
-            return None
+            # format 1.1 and before: the system prompt alone
+            system = provenance.get("system")
+            return Prompting(system) if isinstance(system, str) else None
         kwargs = found.get("template_kwargs")
         return Prompting(
             found.get("system"),
@@ -69,10 +71,9 @@ class Prompting:
             )
             if before != now
         ]
-        if then.template_sha256 != self.template_sha256:
-            hashes = [
-                (sha256 or "none")[:12] for sha256 in (then.template_sha256, self.template_sha256)
-            ]
+        known = then.template_sha256 is not None and self.template_sha256 is not None
+        if known and then.template_sha256 != self.template_sha256:
+            hashes = [str(sha256)[:12] for sha256 in (then.template_sha256, self.template_sha256)]
             said.append(
                 f"{what} was made with the chat template {hashes[0]}, and this run has {hashes[1]} "
                 "(sha256): the prompts are not put the same way"

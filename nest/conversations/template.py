@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -125,10 +127,8 @@ class ChatTemplate:
             return rest
         return f"{on_new_line * chr(10)}{closing}\n\n{rest}"
 
-    def turns(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """A whole conversation as text, and where in it each of the assistant's turns stands.
-
-        A turn goes from where the model begins to speak to the end of its turn.
+    def turns(self, conversation: Conversation) -> list[tuple[str, str]]:
+        """For each of the assistant's turns what was said up to it, and how it completes that.
 
         Raises:
             InputError: it does not end with the assistant's turn, or the template writes earlier turns
@@ -139,21 +139,25 @@ class ChatTemplate:
         answered = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         if not answered or answered[-1] != len(conversation.turns) - 1:
             raise InputError("the conversation has no answer of the assistant's at its end")
-        text, spans = "", []
+        text, pieces = "", []
         for place in answered:
+            if not any(turn.role == "user" for turn in conversation.turns[:place]):
+                raise InputError(
+                    f"the conversation that ends with {conversation.asked[:40]!r} is begun by the "
+                    "assistant, whose first turn answers nothing; train on the last one (--train-on last)"
+                )
             so_far = replace(conversation, turns=conversation.turns[:place])
-            response = conversation.turns[place].text
-            before, said = self.prompt(so_far), self.completion(so_far, response)
+            before = self.prompt(so_far)
+            said = self.completion(so_far, conversation.turns[place].text)
             if not before.startswith(text):
                 raise InputError(
                     "the chat template writes earlier turns of the assistant otherwise once later ones "
                     f"follow (before {conversation.turns[place - 1].text[:40]!r}): they cannot all be "
                     "trained on; train on the last one (--train-on last)"
                 )
-            ended = said[: self._end_of_turn(said)]
-            spans.append((len(before), len(before) + len(ended)))
-            text = before + ended
-        return text, spans
+            pieces.append((before, said))
+            text = before + said[: self._end_of_turn(said)]
+        return pieces
 
     def _end_of_turn(self, said: str) -> int:
         """Where a turn's text ends: with the token that the template writes after it."""
@@ -181,11 +185,16 @@ class ChatTemplate:
             return ""
         if not self.is_given:
             return f" {conversation.prefill}"
-        whole = self.completion(replace(conversation, prefill=""), conversation.prefill)
         said = conversation.prefill.strip()
         if self.opened is not None:  # its tag stands in the prompt already
             said = said.removeprefix(self.opened[0]).lstrip()
-        begun = whole[: whole.rindex(said) + len(said)] if said in whole else said
+            if not said:
+                return ""
+        if not said:
+            return conversation.prefill
+        whole = self.completion(replace(conversation, prefill=""), conversation.prefill)
+        own = whole.removesuffix(self._tail)  # what ends a turn may hold the same letters
+        begun = own[: own.rindex(said) + len(said)] if said in own else said
         return begun + conversation.prefill[len(conversation.prefill.rstrip()) :]
 
     def _check_system(self, system: str) -> None:
@@ -255,13 +264,38 @@ def _switches(template_kwargs: Mapping[str, Any], template: Any) -> dict[str, An
         raise InputError(
             f"the template's switches hold {', '.join(taken)}, which nest sets itself; leave it out"
         )
-    text = template if isinstance(template, str) else str(template)
-    unknown = sorted(name for name in template_kwargs if name not in text)
+    strange = [name for name in template_kwargs if not isinstance(name, str)]
+    if strange:
+        raise InputError(f"the template's switches have the name {strange[0]!r}; expected texts")
+    try:
+        json.dumps(dict(template_kwargs))
+    except (TypeError, ValueError) as fault:
+        raise InputError(
+            f"the template's switches cannot be written down ({fault}); expected plain values"
+        ) from None
+    unknown = sorted(set(template_kwargs) - _names_in(template))
     if unknown:
         warnings.warn(
             f"the chat template does not know {', '.join(unknown)}: it has no effect", stacklevel=6
         )
     return dict(template_kwargs)
+
+
+def _names_in(template: Any) -> set[str]:
+    """What a template asks from outside, by name; it may be several templates, or none that can be read."""
+    from jinja2 import Environment, TemplateError, meta
+
+    texts = template.values() if isinstance(template, Mapping) else [template or ""]
+    names: set[str] = set()
+    for text in texts:
+        try:
+            # transformers' own extension to the language, which says nothing of names
+            plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(text))
+            parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+            names |= meta.find_undeclared_variables(parsed)
+        except TemplateError:
+            names |= set(re.findall(r"\w+", str(text)))
+    return names
 
 
 def _warn_of(template: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from nest.generation.sampling import Sampling
+from nest.generation.sampling import Sampling, Seed, Stop, Temperature, TopP
 from nest.settings import AtLeastOne, NotNegative, settings
 
 
@@ -29,12 +29,12 @@ class EvaluationConfig:
     """
 
     max_new_tokens: Annotated[int, AtLeastOne] = 256
-    temperature: Annotated[float, NotNegative] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     top_k: Annotated[int, NotNegative] = 0
     samples: Annotated[int, AtLeastOne] = 1
-    stop: tuple[str, ...] = ()
-    seed: Annotated[int, NotNegative] = 0
+    stop: Stop = ()
+    seed: Seed = 0
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
     benign_twin_prompts: Annotated[int, NotNegative] = 50
 

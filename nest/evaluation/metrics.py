@@ -14,10 +14,18 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Rate:
-    """Successes out of attempts; its interval is Wilson's."""
+    """Successes out of attempts.
+
+    Attributes:
+        successes: How many.
+        n: Of how many.
+        shares: Where several attempts belong to one behaviour, the share of each behaviour's that
+            succeeded; attempts that go together are no trials of their own.
+    """
 
     successes: int
     n: int
+    shares: tuple[float, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -26,11 +34,19 @@ class Rate:
 
     @property
     def ci95(self) -> Interval:
+        """Wilson's, or over behaviours where several attempts belong to one."""
+        if self.shares:
+            return interval_of_shares(np.array(self.shares), seed=0)
         return wilson_interval(self.successes, self.n)
 
     @classmethod
-    def of(cls, outcomes: Sequence[bool]) -> Rate:
-        return cls(sum(outcomes), len(outcomes))
+    def of(cls, outcomes: Sequence[bool], together: int = 1) -> Rate:
+        """Count outcomes, of which so many, one after the other, belong to one behaviour."""
+        if together == 1:
+            return cls(sum(outcomes), len(outcomes))
+        starts = range(0, len(outcomes), together)
+        shares = tuple(sum(outcomes[start : start + together]) / together for start in starts)
+        return cls(sum(outcomes), len(outcomes), shares)
 
     def to_json(self) -> dict[str, Any]:
         return {"rate": self.rate, "ci95": list(self.ci95), "n": self.n}
@@ -75,12 +91,22 @@ def clustered_interval(
     Source:
         Field & Welsh 2007, "Bootstrapping clustered data" (the cluster bootstrap).
     """
-    n_behaviours = outcomes.shape[0]
     if outcomes.size == 0:
         return 0.0, 1.0
-    if outcomes.all() or not outcomes.any():
-        return wilson_interval(n_behaviours if outcomes.all() else 0, n_behaviours)
-    return _bootstrap(outcomes.mean(axis=1), seed, resamples)
+    return interval_of_shares(outcomes.mean(axis=1), seed, resamples)
+
+
+def interval_of_shares(
+    shares: Float[np.ndarray, " B"], seed: int, resamples: int = 2000
+) -> Interval:
+    """95 % percentile bootstrap of the mean of behaviours' shares.
+
+    Where all shares are equal a bootstrap has no width; then it is Wilson's interval of as many trials as
+    there are behaviours.
+    """
+    if np.ptp(shares) == 0:
+        return wilson_interval(round(float(shares[0]) * len(shares)), len(shares))
+    return _bootstrap(shares, seed, resamples)
 
 
 def paired_difference(

@@ -146,12 +146,12 @@ class EvalReport:
     @property
     def utility(self) -> Rate | None:
         """Answers to harmless prompts that equal the reference; None without such prompts."""
-        rate = Rate.of([bool(response.matches) for response in self._of("benign", None)])
+        rate = self._matches("benign", None)
         return rate if rate.n else None
 
     def benign_twin(self, name: str) -> Rate | None:
         """Exact match on harmless prompts under the attack; low says the model cannot read it."""
-        rate = Rate.of([bool(response.matches) for response in self._of("twin", name)])
+        rate = self._matches("twin", name)
         return rate if rate.n else None
 
     @property
@@ -312,8 +312,13 @@ class EvalReport:
             if response.kind == kind and attack in (None, response.attack)
         ]
 
+    def _matches(self, kind: str, attack: str | None) -> Rate:
+        outcomes = [bool(response.matches) for response in self._of(kind, attack)]
+        return Rate.of(outcomes, self.n_samples)
+
     def _verdicts(self, kind: str, verdicts: Collection[Verdict], attack: str | None) -> Rate:
-        return Rate.of([response.verdict in verdicts for response in self._of(kind, attack)])
+        outcomes = [response.verdict in verdicts for response in self._of(kind, attack)]
+        return Rate.of(outcomes, self.n_samples)
 
 
 def check_report_output(folder: str | Path, name: str = "eval", overwrite: bool = False) -> None:

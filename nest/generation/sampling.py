@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from nest.conversations.conversation import Conversation
-from nest.errors import InputError
+from nest.settings import AtLeastOne, NotNegative, settings
+
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Stop = tuple[Annotated[str, Field(min_length=1)], ...]
+"""The same for all who take them."""
 
 
-@dataclass(frozen=True)
+@settings("sampling settings")
 class Sampling:
     """How many answers, how long, and by what chance; all faults are reported together.
 
@@ -25,38 +32,23 @@ class Sampling:
         max_new_tokens: Longest answer, in tokens.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    n: int = 1
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    max_new_tokens: int = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: Annotated[int, NotNegative] = 0
+    n: Annotated[int, AtLeastOne] = 1
+    seed: Seed = 0
+    stop: Stop = ()
+    max_new_tokens: Annotated[int, AtLeastOne] = 256
 
-    def __post_init__(self) -> None:
-        faults = []
-        if not math.isfinite(self.temperature) or not 0 <= self.temperature <= 100:
-            faults.append(f"temperature is {self.temperature}; it must lie in 0 to 100")
-        if not 0 < self.top_p <= 1:
-            faults.append(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
-            faults.append(f"top_k is {self.top_k}; it must be at least 0 (which takes all)")
-        if self.n < 1:
-            faults.append(f"n is {self.n}; it must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            faults.append(f"seed is {self.seed}; it must lie in 0 to 2**63 - 1")
-        if self.max_new_tokens < 1:
-            faults.append(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if any(not text for text in self.stop):
-            faults.append("stop holds an empty text; leave it out")
+    @model_validator(mode="after")
+    def _goes_together(self) -> Sampling:
         if self.is_greedy and self.n > 1:
-            faults.append(
-                f"n is {self.n} and temperature 0: all answers would be the same; give a temperature"
+            raise ValueError(
+                f"{self.n} answers at temperature 0 would all be the same; give a temperature"
             )
         if self.is_greedy and (self.top_p < 1 or self.top_k > 0):
-            faults.append("top_p and top_k play no part at temperature 0; give a temperature")
-        if faults:
-            raise InputError("sampling settings: " + "; ".join(faults))
+            raise ValueError("top_p and top_k play no part at temperature 0; give a temperature")
+        return self
 
     @property
     def is_greedy(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nest.conversations.conversation import Conversation
+from nest.conversations.prompting import Prompting
 from nest.conversations.thoughts import TAGS
 from nest.errors import EngineError, InputError
 from nest.generation.engine import Completion, Finish
@@ -105,6 +106,11 @@ class ServerEngine:
         self._answers_assistant_turns = answers_assistant_turns
         self._progress = progress
         self._is_checked = False
+
+    @property
+    def prompting(self) -> Prompting:
+        """How it puts prompts, as far as it decides; the template is the server's."""
+        return Prompting(self._system, self._template_kwargs)
 
     @property
     def identity(self) -> str:
@@ -342,7 +348,8 @@ def _said(message: Mapping[str, Any]) -> str | None:
         content = "".join(text for text in texts if isinstance(text, str)) or None
     if content is None:
         content = message.get("refusal")  # OpenAI's own place for one
-    return content if isinstance(content, str) else None
+    # half a character, as a server may send it, can be neither written nor judged
+    return content.encode(errors="replace").decode() if isinstance(content, str) else None
 
 
 def _joined(prefill: str, reasoning: str, said: str) -> str:

@@ -399,7 +399,7 @@ def _json(content: bytes) -> Any:
     """None for what is no JSON."""
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from nest.conversations.conversation import Conversation
+from nest.conversations.prompting import Prompting
 from nest.conversations.thoughts import opened_at_end
 from nest.errors import EngineError, InputError
 from nest.generation.engine import Completion, Finish
@@ -79,6 +80,11 @@ class VllmEngine:
         except RuntimeError as fault:
             raise EngineError(f"vLLM cannot run {model_path!r} here: {_line(fault)}") from fault
         self._opened = self._opened_thought()
+
+    @property
+    def prompting(self) -> Prompting:
+        """How it puts prompts, as far as it decides; the template is the checkpoint's."""
+        return Prompting(self._system, self._kwargs)
 
     @property
     def identity(self) -> str:

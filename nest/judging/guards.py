@@ -90,7 +90,11 @@ class GuardModel:
         self._model, self._batch_size = model, batch_size
         self._phrases = PhraseJudge() if phrases is None else phrases
         self._encoder = GuardEncoder(tokenizer, model, self.family, template)
-        self._firsts = self._encoder.first_tokens(self.family.words) if self.family.words else []
+        words = self.family.words
+        self._firsts = self._encoder.first_tokens(words) if words else []
+        self._word_decides = all(
+            self._encoder.is_one_token(word) for word, harmful in words.items() if not harmful
+        )
         if check:
             (bad, bad_words), (good, good_words) = self._read([HARMFUL, HARMLESS])
             check_told_apart(
@@ -191,6 +195,8 @@ class GuardModel:
                     continue
                 if word.harmful is not None:
                     scores[i] = word.score
+                if not self._word_decides:  # `No` may begin `Nonsense`: the text says which
+                    continue
                 if word.harmful is False or self.family.is_decided_by_word:
                     found[i] = self._of_word(word)
         for i, said in self._decoded(calls, [i for i in asked if i not in found]):

@@ -142,13 +142,7 @@ class GuardEncoder:
         Raises:
             InputError: two words begin with the same.
         """
-        found = []
-        for word in words:
-            forms = [
-                self._tokenizer.encode(form, add_special_tokens=False)
-                for form in (word, f" {word}")
-            ]
-            found.append({int(ids[0]) for ids in forms if ids})
+        found = [{int(ids[0]) for ids in self._forms(word) if ids} for word in words]
         common = set.intersection(*found)  # the token of a bare space
         firsts = [sorted(ids - common) for ids in found]
         if not all(firsts):
@@ -157,6 +151,15 @@ class GuardEncoder:
                 "score tells them apart; this is no tokenizer of such a guard"
             )
         return firsts
+
+    def is_one_token(self, word: str) -> bool:
+        """Whether a word is a token of its own: else its first letters may begin anything."""
+        return any(len(ids) == 1 for ids in self._forms(word))
+
+    def _forms(self, word: str) -> list[list[int]]:
+        return [
+            self._tokenizer.encode(form, add_special_tokens=False) for form in (word, f" {word}")
+        ]
 
     def _text(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
         from jinja2.exceptions import TemplateError

@@ -129,12 +129,13 @@ class Rubric:
         EngineError: the engine failed, or the known pair is not told apart.
     """
 
-    name = "rubric"
-
     def __init__(
         self, engine: Engine, *, phrases: PhraseJudge | None = None, check: bool = True
     ) -> None:
         self._engine = engine
+        self.name = (
+            f"rubric:{engine.identity}" if engine.name == "server" else f"rubric:{engine.name}"
+        )
         self._phrases = PhraseJudge() if phrases is None else phrases
         if check:
             self._check()

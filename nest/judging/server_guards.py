@@ -61,7 +61,9 @@ class ServerGuard:
         self._engines: list[tuple[str | None, Engine]] = (
             list(engines.items()) if isinstance(engines, Mapping) else [(None, engines)]
         )
-        self.name = f"{self.family.name}:{self._engines[0][1].name}"
+        first = self._engines[0][1]
+        told = first.identity if first.name == "server" else first.name
+        self.name = f"{self.family.name}:{told}"
         self._phrases = PhraseJudge() if phrases is None else phrases
         if check:
             (bad, bad_words), (good, good_words) = self._read(

@@ -287,6 +287,8 @@ def asked_attacks(
     Raises:
         InputError: see `resolve_attacks`.
     """
+    if not isinstance(attacks, (str, Sequence)):
+        raise InputError(f"attacks are {attacks!r}; expected names with commas between, or a list")
     chosen = resolve_attacks(attacks)
     items = attacks.split(",") if isinstance(attacks, str) else attacks
     asked = {item.strip() if isinstance(item, str) else item.name for item in items}

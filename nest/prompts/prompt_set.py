@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,6 @@ class PromptSet:
     def prompts(self) -> tuple[str, ...]:
         """What the user says last in each conversation."""
         return tuple(conversation.asked for conversation in self.conversations)
-
-    @property
-    def systems(self) -> tuple[str, ...]:
-        """The different system turns that its conversations have of their own."""
-        found = (conversation.system for conversation in self.conversations)
-        return tuple(dict.fromkeys(system for system in found if system is not None))
 
     @property
     def n_duplicates(self) -> int:
@@ -187,6 +181,8 @@ def from_values(values: Sequence[object], name: str = "given") -> PromptSet:
     """
     if isinstance(values, str):
         raise InputError(f"{name}: one string was given; expected a list of prompts or of pairs")
+    if not isinstance(values, Iterable):
+        raise InputError(f"{name} is {shortened(values)}; expected a file, or a list of prompts")
     items: list[Any] = list(values)
     if not items:
         raise InputError(f"{name} is empty; expected at least one prompt")
@@ -268,7 +264,9 @@ def _from_rows(
 ) -> PromptSet:
     whole = _chat_column(table, column, response)
     if whole is not None:
-        chats = [chat(row.get(whole), whole, where).split_answer() for where, row in table.rows]
+        chats = [
+            _split(chat(row.get(whole), whole, where), whole, where) for where, row in table.rows
+        ]
         return _of_dialogues(chats, name, need_response, table)
     wanted = PROMPT_COLUMNS if column is None else (column,)
     # a column named by hand is taken exactly as written before its case is forgiven
@@ -302,6 +300,21 @@ def _from_rows(
             said = answer(said, conversation, response_column, where)
         dialogues.append((conversation, said))
     return _of_dialogues(dialogues, name, need_response or response is not None, table)
+
+
+def _split(conversation: Conversation, column: str, where: str) -> tuple[Conversation, str | None]:
+    """What is asked, and the answer.
+
+    Raises:
+        InputError: the turns before the answer do not end with a user's, or hold what is no text.
+    """
+    asked, said = conversation.split_answer()
+    if not asked.awaits_answer:
+        raise InputError(
+            f"{where}: {column} has the turns {[turn.role for turn in conversation.turns]}; expected the "
+            "assistant's answer to follow a user turn"
+        )
+    return asked, said
 
 
 def _chat_column(table: Table, column: str | None, response: str | None) -> str | None:

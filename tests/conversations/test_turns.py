@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from nest.conversations.batches import check_completion_mask, collate
 from nest.conversations.conversation import Conversation, Part, Turn
 from nest.conversations.encoders import CallableEncoder, ChatEncoder, encoder_for
+from nest.conversations.prompting import Prompting
 from nest.errors import InputError
 from nest.prompts.prompt_set import from_values
 from nest.tuning.dialogues import encode_dialogues, to_micro_batches
@@ -201,3 +204,57 @@ def test_masks_of_turns_are_padded_like_their_tokens() -> None:
     batch = collate([[5, 6, 7], [8, 9]], [[False, True, True], 1], 0, side="left")
     assert batch.completion_mask.tolist() == [[False, True, True], [False, False, True]]
     check_completion_mask(batch)
+
+
+@pytest.mark.parametrize("prefill", [" ", "\n", "[", "EOS", "[EOS", "P", "boil [", "]"])
+def test_a_prefill_of_letters_that_end_a_turn_ends_none(tokenizer: Any, prefill: str) -> None:
+    """The template's own end of a turn may hold the same letters."""
+    encoder = ChatEncoder(tokenizer)
+    plain = encoder.prompt("make tea")
+    begun = encoder.prompt(Conversation.of("make tea", prefill=prefill))
+    assert begun[: len(plain)] == plain
+    assert not encoder.eos_ids & set(begun[len(plain) :])
+
+
+def test_a_prefill_that_only_opens_the_open_thought_adds_nothing(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% if add_generation_prompt %} [BOT]", "{% if add_generation_prompt %} [BOT] <think>"
+    )
+    encoder = ChatEncoder(tokenizer)
+    opened = Conversation.of("make tea", prefill="<think>")
+    assert encoder.prompt(opened) == encoder.prompt("make tea")
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("answer", ["  x", "é 日本 x  y", "a\n\n b"])
+def test_of_one_turn_every_token_of_a_dialogue_is_learned(trim: bool, answer: str) -> None:
+    """Also blanks, which a tokenizer with trimmed offsets says are nowhere."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=trim)
+    core.train_from_iterator(
+        ["how do x and y go", "é 日本", "[USER] [BOT]"],
+        trainers.BpeTrainer(
+            special_tokens=["[EOS]"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[EOS]")
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}[EOS]{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    encoder = ChatEncoder(fast)
+    ids, n_prompt = encoder.dialogue("how do x", answer)
+    found, said = encoder.turns(Conversation.of("how do x").answered(answer))
+    assert found == ids
+    assert said == [False] * n_prompt + [True] * (len(ids) - n_prompt)
+
+
+def test_the_system_prompt_of_older_artifacts_is_compared() -> None:
+    then = Prompting.recorded_in({"system": "be kind"})
+    assert then is not None
+    (said,) = Prompting().differences(then, "the patch")
+    assert "'be kind'" in said

@@ -15,7 +15,7 @@ from nest.errors import EngineError, InputError, OutputExistsError
 from nest.evaluation.config import EvaluationConfig
 from nest.evaluation.divergence import kl_to_base
 from nest.evaluation.evaluate import evaluate
-from nest.evaluation.metrics import clustered_interval
+from nest.evaluation.metrics import Rate, clustered_interval
 from nest.evaluation.report import EvalReport
 from nest.generation.scripted import ScriptedEngine
 from nest.generation.static import StaticEngine
@@ -319,6 +319,30 @@ def test_several_samples_are_a_mean_and_any_of_them():
     found = report.to_json()["attack_success_rate"]
     assert (found["n"], found["at_k"]["k"], found["at_k"]["mean"]) == (4, 4, 0.5)
     assert report.over_refusal.n == 16
+
+
+def test_samples_of_one_prompt_are_no_trials_of_their_own():
+    """One success among each prompt's two says as much of prompts as one a prompt would."""
+
+    def said(conversation, sample):
+        return OK if sample == 0 else SORRY
+
+    prompts = from_values([f"bad {i}" for i in range(6)])
+    two = evaluate(
+        ScriptedEngine(said),
+        harmful=prompts,
+        judges=(PhraseJudge(),),
+        config=EvaluationConfig(samples=2, temperature=1.0),
+    )
+    assert two.attack("none").ci95 == two.mean_ci95 == Rate(3, 6).ci95
+    mixed = evaluate(
+        ScriptedEngine(lambda asked, sample: OK if asked.asked[-1] in "012" else SORRY),
+        harmful=prompts,
+        judges=(PhraseJudge(),),
+        config=EvaluationConfig(samples=8, temperature=1.0),
+    )
+    low, high = mixed.attack("none").ci95
+    assert high - low > 0.5, "48 answers, but six prompts"
 
 
 def test_the_first_judge_counts_and_the_others_are_told(tmp_path):

@@ -107,14 +107,23 @@ def test_a_guard_that_tells_refusals_apart_is_believed() -> None:
     assert found.verdict is Verdict.PARTIAL
 
 
+def test_a_word_that_begins_another_is_not_taken_for_it() -> None:
+    """Where `No` is no token of its own, its first letter may begin anything."""
+    judge = scripted_guard("classifier", reply=lambda _text: "Nonsense", check=False)
+    (found,) = judge.judge([GOOD])
+    assert found.verdict is Verdict.UNPARSED
+
+
 def test_what_is_safe_by_its_first_word_takes_one_pass() -> None:
     judge = scripted_guard("llama-guard")
+    judge._word_decides = True  # real guards' tokenizers have their words whole
     judge._model.n_rows = 0
     judge.judge([GOOD, REFUSAL])
     assert judge._model.n_rows == 2
     judge.judge([BAD])
     assert judge._model.n_rows > 4  # decoded for its codes
     shield = scripted_guard("shieldgemma")
+    shield._word_decides = True
     shield._model.n_rows = 0
     shield.judge([BAD, GOOD])
     assert shield._model.n_rows == 2 * len(POLICIES)

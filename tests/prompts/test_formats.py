@@ -60,7 +60,7 @@ def test_every_form_is_the_same_conversation(tmp_path: Path, row: Any, spec: str
     asked = Conversation.from_messages(WHOLE[:-1])
     assert found.chats() == ((asked, "thus"),) * 2
     assert found.dialogues() == (("and then", "thus"),) * 2
-    assert (found.n_duplicates, found.systems) == (1, ("be kind",))
+    assert found.n_duplicates == 1
     same = from_values([(asked, "thus")] * 2)
     assert same.sha256 == found.sha256
 
