@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nest.conversations.conversation import Conversation
 from nest.conversations.thoughts import opened_at_end
 from nest.errors import EngineError, InputError
-from nest.generation.engine import Completion, Finish, Progress
+from nest.generation.engine import Completion, Finish, Progress, require_unicode
 from nest.generation.sampling import Sampling, request_seed
 
 ASKED_AT_ONCE = 1024
@@ -108,6 +108,7 @@ class VllmEngine:
             InputError: a conversation that ends with another turn, or that vLLM refuses.
             EngineError: vLLM failed.
         """
+        require_unicode(conversations)
         for conversation in conversations:
             conversation.require_open()
         wanted = [
