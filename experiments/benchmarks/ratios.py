@@ -1,4 +1,4 @@
-"""The ratios R1 to R10: which arms, which target, which gate."""
+"""The ratios R1 to R11: which arms, which target, which gate."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from experiments.benchmarks.protocol import (
 )
 from experiments.benchmarks.shapes import Shape, shape_for
 from experiments.benchmarks.updating import optimizer_arms
+from nest.generation.sampling import Sampling
 
 Measure = Callable[[torch.device], list[Ratio]]
 
@@ -257,6 +258,45 @@ def r10(device: torch.device) -> list[Ratio]:
     return [replace(line, figures={**line.figures, **figures})]
 
 
+def r11(device: torch.device) -> list[Ratio]:
+    """Drawn and greedy answers against one left-padded batch size; requests in flight to a server."""
+    from experiments.benchmarks import decoding, serving
+
+    on_gpu = device.type == "cuda"
+    target = ">= 3" if on_gpu else ">= 1.5"
+    shape, new = shape_for(device), decoding.NEW_TOKENS
+    load = decoding.Load.for_(device)
+    kinds = {
+        "R11": ("drawn answers", Sampling(temperature=1.0, max_new_tokens=new)),
+        "R11b": ("drawn answers, top_p 0.9", Sampling(1.0, top_p=0.9, max_new_tokens=new)),
+        "R11c": ("four drawn answers a prompt", Sampling(1.0, n=4, max_new_tokens=new)),
+    }
+    lines = []
+    for id_, (what, sampling) in kinds.items():
+        seconds, gate, note = decoding.sampling_times(shape, device, sampling, load)
+        name = f"{what}, tokens a second / left-padded generate"
+        lines.append(
+            compared(id_, name, seconds, "generate", "nest", target=target, gate=gate, note=note)
+        )
+    if on_gpu:  # greedy ones are R9 there, and a server's answers take a CPU
+        return lines
+    seconds, gate, note = decoding.decoding_times(shape, device, load)
+    name = "greedy answers, tokens a second / left-padded generate"
+    lines.append(
+        compared("R11d", name, seconds, "generate", "nest", target=target, gate=gate, note=note)
+    )
+    seconds, gate = serving.serving_times()
+    note = (
+        f"{serving.N_REQUESTS} requests to a stand-in server in this process that takes "
+        f"{1e3 * serving.SERVICE_SECONDS:.0f} ms for each; the gate: all answers, in order"
+    )
+    name = f"answers of a server, {serving.IN_FLIGHT} requests in flight / one at a time"
+    lines.append(
+        compared("R11e", name, seconds, "one", "many", target=">= 12", gate=gate, note=note)
+    )
+    return lines
+
+
 def prefix_gate(shape: Shape, device: torch.device) -> bool:
     """Whether the update's gradient from the cached prefix is the whole pass's, on this shape."""
     first = shape.n_layers // 2
@@ -316,6 +356,6 @@ def _of_two(
 
 
 CPU: Mapping[str, Measure] = {
-    "R1": r1, "R2": r2, "R3": r3, "R4": r4, "R5": r5, "R6": r6, "R8": r8, "R10": r10,
+    "R1": r1, "R2": r2, "R3": r3, "R4": r4, "R5": r5, "R6": r6, "R8": r8, "R10": r10, "R11": r11,
 }  # fmt: skip
 GPU: Mapping[str, Measure] = {**CPU, "R7": r7, "R9": r9}

@@ -1,4 +1,12 @@
-"""What answers conversations, and what tells how likely an answer is."""
+"""What answers conversations, and what tells how likely an answer is.
+
+StaticEngine     a model in this process, greedy or drawn           nest.generation.static
+PagedEngine      the same, greedy, by transformers' own batching    nest.generation.paged
+ServerEngine     any OpenAI-compatible server                       nest.generation.server
+VllmEngine       vLLM in this process                               nest.generation.vllm
+ScriptedEngine   canned answers                                     nest.generation.scripted
+LocalScorer      scores of a model in this process                  nest.generation.scoring
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nest.conversations.conversation import Conversation
+from nest.errors import InputError
 from nest.generation.sampling import Sampling
 
 Finish = Literal["stop", "length", "unknown"]
@@ -23,10 +32,13 @@ class Completion(NamedTuple):
     Attributes:
         conversation: Number of the conversation that it answers.
         sample: Its own number among that conversation's answers, from 0.
-        text: From the prefill, if there is one, to the end, without the token or text that ended it.
+        text: From the prefill, if there is one, to the end, without the token or text that ended it and
+            without outer white space; a thought stands in its tags, and one that was cut off lacks the
+            closing one.
         n_tokens: How many tokens the model made; None where nobody says.
-        finish: `stop` where the model ended it, `length` where the limit did.
-        token_ids: What the model made, without the token that ended it; None where there are none.
+        finish: `stop` where the model or a stop text ended it, `length` where the limit or the context did.
+        token_ids: What the model made, without the token that ended it and with those of a stop text; None
+            where there are none.
     """
 
     conversation: int
@@ -48,7 +60,10 @@ class Engine(Protocol):
 
     @property
     def identity(self) -> str:
-        """Hash or address of all that its answers depend on besides conversations and sampling."""
+        """Hash or address of all that its answers depend on besides conversations and sampling.
+
+        It may take a while: a model's weights are hashed.
+        """
         ...
 
     def generate(
@@ -60,6 +75,9 @@ class Engine(Protocol):
     ) -> Iterator[Completion]:
         """Answers as they are done, in an order that does not depend on timing.
 
+        What cannot be taken is mostly said at once, and the rest while answers are read. An iterator that
+        is closed, or interrupted, ends what is under way.
+
         Args:
             conversations: Each ends with a user turn.
             sampling: How.
@@ -68,6 +86,7 @@ class Engine(Protocol):
         Raises:
             InputError: a conversation or a sampling that the engine cannot take.
             EngineError: the engine failed.
+            ActivationError: a model in this process computes NaN.
         """
         ...
 
@@ -90,6 +109,23 @@ class TokenScorer(Protocol):
             EngineError: the engine failed.
         """
         ...
+
+
+def require_unicode(conversations: Sequence[Conversation]) -> None:
+    """Refuse half characters, which no server can be sent.
+
+    Raises:
+        InputError: a turn or a prefill with a lone surrogate.
+    """
+    for conversation in conversations:
+        for text in (*(turn.text for turn in conversation.turns), conversation.prefill):
+            try:
+                text.encode()
+            except UnicodeEncodeError as fault:
+                raise InputError(
+                    f"the text {text[:60]!r} holds half a character (a lone surrogate, at {fault.start}); "
+                    "save it as UTF-8"
+                ) from None
 
 
 def answers(

@@ -24,11 +24,12 @@ class Sampling:
 
     Attributes:
         temperature: Logits are divided by it; 0 takes the likeliest token each time.
-        top_p: Only the likeliest tokens whose probabilities reach this sum, in (0, 1].
+        top_p: Only the fewest of the likeliest tokens whose probabilities reach this sum, in (0, 1]; of
+            those that `top_k` leaves.
         top_k: Only so many of the likeliest tokens; 0 takes all.
         n: Answers to each conversation.
         seed: A drawn answer depends on it, the conversation and the answer's number.
-        stop: An answer ends before the first of these texts.
+        stop: An answer ends before the first of these texts; one in the prefill does not count.
         max_new_tokens: Longest answer, in tokens.
     """
 

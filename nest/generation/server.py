@@ -16,7 +16,7 @@ from nest.conversations.conversation import Conversation
 from nest.conversations.prompting import Prompting
 from nest.conversations.thoughts import TAGS
 from nest.errors import EngineError, InputError
-from nest.generation.engine import Completion, Finish
+from nest.generation.engine import Completion, Finish, require_unicode
 from nest.generation.sampling import Sampling, request_seed
 from nest.generation.texts import before_stop
 from nest.progress import ProgressCallback
@@ -228,6 +228,7 @@ class ServerEngine:
         return found
 
     def _require_open(self, conversations: Sequence[Conversation]) -> None:
+        require_unicode(conversations)
         for conversation in conversations:
             ends_answered = conversation.turns[-1].role == "assistant"
             if not (ends_answered and self._answers_assistant_turns):
@@ -268,13 +269,15 @@ class ServerEngine:
         n_tokens = _count(reply)
         said = _said(message)
         reasoning = message.get("reasoning_content") or message.get("reasoning")
-        reasoning = reasoning if isinstance(reasoning, str) else ""
+        reasoning = _whole(reasoning) if isinstance(reasoning, str) else ""
         finish = choice.get("finish_reason")
         if said is None and not reasoning:
             # SGLang writes null for an answer that is over at once
             is_over = n_tokens is not None and (n_tokens <= 1 or bool(sampling.stop))
             if finish != "stop" or not is_over:
-                raise self._nonsense(one, f"no text ({json.dumps(choice)})")
+                raise self._nonsense(
+                    one, f"no text ({json.dumps(choice)}); see what it is made to do"
+                )
         text = _joined(one.conversation.prefill, reasoning, said or "")
         prefill = one.conversation.prefill if text.startswith(one.conversation.prefill) else ""
         kept = before_stop(
@@ -348,8 +351,12 @@ def _said(message: Mapping[str, Any]) -> str | None:
         content = "".join(text for text in texts if isinstance(text, str)) or None
     if content is None:
         content = message.get("refusal")  # OpenAI's own place for one
-    # half a character, as a server may send it, can be neither written nor judged
-    return content.encode(errors="replace").decode() if isinstance(content, str) else None
+    return _whole(content) if isinstance(content, str) else None
+
+
+def _whole(text: str) -> str:
+    """Half characters, which JSON can hold and no file, become question marks in a box."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _joined(prefill: str, reasoning: str, said: str) -> str:

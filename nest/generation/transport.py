@@ -50,7 +50,7 @@ MOST_BYTES = 64 * 2**20
 RETRIED = frozenset({408, 409, 425, 429})
 """Refusals that pass by themselves, besides all from 500 on."""
 
-_LOOPBACK = re.compile(r"^(localhost|127\.\d+\.\d+\.\d+|::1)$")
+_LOOPBACK = re.compile(r"^(localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|::1)$")
 
 
 class _PassingError(Exception):

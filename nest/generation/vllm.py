@@ -12,7 +12,7 @@ from nest.conversations.conversation import Conversation
 from nest.conversations.prompting import Prompting
 from nest.conversations.thoughts import opened_at_end
 from nest.errors import EngineError, InputError
-from nest.generation.engine import Completion, Finish
+from nest.generation.engine import Completion, Finish, require_unicode
 from nest.generation.sampling import Sampling, request_seed
 from nest.progress import ProgressCallback
 
@@ -115,6 +115,7 @@ class VllmEngine:
             InputError: a conversation that ends with another turn, or that vLLM refuses.
             EngineError: vLLM failed.
         """
+        require_unicode(conversations)
         for conversation in conversations:
             conversation.require_open()
         wanted = [

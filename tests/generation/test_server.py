@@ -556,3 +556,11 @@ def test_nobody_logs_the_key(caplog: pytest.LogCaptureFixture) -> None:
     assert KEY not in caplog.text
     other = engine(server, template_kwargs={"enable_thinking": False})
     assert other.identity != own.identity
+
+
+def test_half_characters() -> None:
+    with StandIn(lambda body: reply_of({"content": "a \ud83d b \ud83d\ude00"})) as server:
+        with pytest.raises(InputError, match="half a character"):
+            engine(server).generate([Conversation.of("a \ud83d")], GREEDY)
+        (found,) = engine(server).generate(ASKED[:1], GREEDY)
+    assert found.text == "a � b \U0001f600"
