@@ -19,7 +19,7 @@ from nest.version import __version__
 if TYPE_CHECKING:
     from nest.activations.steering import ablating, adding
     from nest.api import evaluate, fold, load, revert, select, tune, tune_result, verify
-    from nest.conversations.conversation import Conversation
+    from nest.conversations.conversation import Conversation, Turn
     from nest.conversations.encoders import CallableEncoder, ChatEncoder
     from nest.errors import (
         ActivationError,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from nest.tuning.update import ClusterUpdate, trainable
 
 _HOMES = {
-    "nest.conversations.conversation": ("Conversation",),
+    "nest.conversations.conversation": ("Conversation", "Turn"),
     "nest.generation.sampling": ("Sampling",),
     "nest.generation.static": ("StaticEngine",),
     "nest.generation.server": ("ServerEngine",),
@@ -112,6 +112,7 @@ __all__ = [
     "SiteSelection",
     "StaticEngine",
     "TuningStoppedError",
+    "Turn",
     "Verdict",
     "__version__",
     "ablating",

@@ -106,6 +106,8 @@ def ablating(
 
 
 def _check(direction: Tensor, taps: Sequence[ResidualTap]) -> None:
+    if not taps:
+        raise InputError("no layers were given, so that nothing would change; name at least one")
     for tap in taps:
         if direction.shape != (tap.length,):
             raise InputError(

@@ -159,6 +159,8 @@ def residual_taps(
     Raises:
         LayoutError: the blocks are not in one list, or there is no such layer.
     """
+    if isinstance(layers, int):
+        raise LayoutError(f"layers is {layers}; expected a list of them, such as [{layers}]")
     blocks, width = blocks_in(model, layout=layout)
     wanted = range(len(blocks.modules)) if layers is None else layers
     missing = [layer for layer in wanted if not 0 <= layer < len(blocks.modules)]

@@ -38,6 +38,11 @@ class Answering:
     in_flight: Annotated[int, Field(ge=1, le=1024)] | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
+    @property
+    def has_own_model(self) -> bool:
+        """Whether the answers are of a model that is not loaded here by us."""
+        return self.server is not None or self.engine in ("server", "vllm")
+
     def made(self, model: str, loading: Loading, putting: Putting, run: Session) -> Which | Engine:
         """The name of an engine for a model in this process, or an engine that has its own.
 

@@ -80,6 +80,11 @@ def command(
         raise InputError("--restart is for what is kept beside --out; give that, too")
     if out is not None:
         check_report_output(out, overwrite=writing.overwrite)
+    if patch is not None and answering.has_own_model:
+        raise InputError(
+            "--patch cannot be put into a model that a server or vLLM holds; fold it (nest fold) and serve "
+            "the folded checkpoint"
+        )
     loaded = None if patch is None else api.load_patch(patch)
     with session(running) as run, ExitStack() as stack:
         network, tokenizer, engine = None, None, answering.made(model, loading, putting, run)

@@ -25,7 +25,7 @@ from nest.evaluation.requests import (
 )
 from nest.generation.engine import Engine
 from nest.generation.sampling import Sampling
-from nest.judging.judge import SUCCESSES, Judge, Judgement, Verdict
+from nest.judging.judge import SUCCESSES, Judge, Judgement, Particular, Verdict
 from nest.judging.texts import exact_match
 from nest.progress import ProgressCallback
 from nest.prompts.attacks import NO_ATTACK, Attack, attacks_hash
@@ -89,6 +89,10 @@ def evaluate(
     if encoder is not None and drift is not None and benign is not None:
         for asked, answer in benign.chats():  # what cannot be a dialogue is said before the work
             encoder.dialogue(asked, answer)
+    judged = [request.exchange("") for request in requests if request.kind in JUDGED_KINDS]
+    for judge in judges:
+        if isinstance(judge, Particular):  # what it lacks is said before the work
+            judge.check_requests(judged)
     sampling = config.sampling()
     if work is not None:
         work.begin(
@@ -105,8 +109,8 @@ def evaluate(
     answers = answered(engine, [request.asked() for request in requests], sampling, work)
     generation_seconds = time.perf_counter() - started
     texts = [[answer.text for answer in several] for several in answers]
-    judged = {judge.name: _judged(requests, texts, judge, work, progress) for judge in judges}
-    responses = _responses(requests, answers, judged, judges[0].name)
+    judgements = {judge.name: _judged(requests, texts, judge, work, progress) for judge in judges}
+    responses = _responses(requests, answers, judgements, judges[0].name)
     kl = None if drift is None or benign is None else drift(benign)
     settings = _settings(harmful, borderline, benign, attacks, judges[0], engine) | {
         "max_new_tokens": config.max_new_tokens,

@@ -10,6 +10,7 @@ from torch import nn
 
 from nest.conversations.conversation import Conversation
 from nest.conversations.encoders import ChatEncoder, Encoder, rendered_hash
+from nest.errors import InputError
 from nest.generation.decoding import Decoded
 from nest.generation.engine import Completion
 from nest.generation.sampling import Sampling
@@ -42,6 +43,12 @@ class Asked:
         sampling: Sampling,
         skip: Container[tuple[int, int]] = frozenset(),
     ) -> None:
+        strange = [each for each in conversations if not isinstance(each, Conversation)]
+        if strange:
+            raise InputError(
+                f"{str(strange[0])[:60]!r} is a {type(strange[0]).__name__}; expected conversations, such "
+                "as nest.Conversation.of(text)"
+            )
         self._encoder, self._conversations = encoder, conversations
         self._stop, self._skip = sampling.stop, skip
         askers: dict[tuple[int, ...], list[int]] = {}

@@ -46,7 +46,9 @@ class StaticEngine:
 
         engine = StaticEngine(model, encoder)
         for completion in engine.generate(conversations, Sampling(temperature=0.7, n=4)):
-            ...
+            conversations[completion.conversation], completion.sample, completion.text
+
+    Answers to long prompts come first; `nest.generation.engine.answers` puts them in order.
 
     An answer depends on its prompt's tokens, and a drawn one besides on the seed and its own number: not
     on the batch size, the order, the other conversations, the number of samples, the threads, or what an
@@ -80,6 +82,11 @@ class StaticEngine:
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1")
+        if not isinstance(encoder, Encoder):
+            raise InputError(
+                f"encoder is a {type(encoder).__name__}; expected nest.ChatEncoder(tokenizer, model), or "
+                "an encoder of your own"
+            )
         self._model, self._encoder = model, encoder
         self._batch_size, self._progress = batch_size, progress
 

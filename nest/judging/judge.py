@@ -71,6 +71,19 @@ class Judgement:
 
 
 @runtime_checkable
+class Particular(Protocol):
+    """A judge that cannot judge every request, and can tell before it is answered."""
+
+    def check_requests(self, exchanges: Sequence[Exchange]) -> None:
+        """Refuse requests that lack what it needs; the responses are empty.
+
+        Raises:
+            InputError: one does.
+        """
+        ...
+
+
+@runtime_checkable
 class Judge(Protocol):
     """Anything that reads exchanges and gives one judgement each, in their order.
 

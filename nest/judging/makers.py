@@ -97,6 +97,11 @@ def make_judges(
     parts = [part.strip() for part in re.split(rf",(?=\s*(?:{kinds})\s*(?:[:,]|$))", names)]
     if len(set(parts)) < len(parts):
         raise InputError(f"a judge is given twice in {names!r}; expected different ones")
+    for part in parts:  # a comma that no kind of judge follows may have been meant to part two
+        if part.partition(",")[0] in ("phrases", "reference") and "," in part:
+            raise InputError(
+                f"unknown judge {part.partition(',')[2].strip()!r}; the known ones are {_KNOWN}"
+            )
     return tuple(make_judge(part, refusal_phrases, **settings) for part in parts)
 
 

@@ -49,6 +49,11 @@ def eval_table(report: EvalReport, before: EvalReport | None = None) -> Table:
         "",
         style="bold",
     )
+    if report.n_samples > 1:
+        names = report.counted or report.attacks
+        at_k = [sum(one.success_at_k(name).rate for name in names) / len(names) for one in columns]
+        figures = (f"{100 * value:.1f} %" for value in at_k)
+        table.add_row(f"any of {report.n_samples} samples", *figures, "", "", "")
     table.add_section()
     for label, rates in (
         ("over-refusal", [one.over_refusal for one in columns]),

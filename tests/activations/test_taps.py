@@ -215,3 +215,12 @@ def test_directions_that_cannot_be_have_their_sentence(direction: Tensor, said: 
     if said != "zero everywhere":
         with pytest.raises(InputError, match=said), adding(model, direction, 1.0, [0]):
             pass
+
+
+def test_no_layers_are_no_steering() -> None:
+    model = build()
+    with (
+        pytest.raises(InputError, match="no layers were given"),
+        adding(model, direction_for(model), 1.0, []),
+    ):
+        pass

@@ -406,3 +406,24 @@ def test_an_engine_that_leaves_answers_out_is_told():
 
     with pytest.raises(EngineError, match="left 1 of 4 answers out, the first to 'bad one'"):
         evaluate(Lazy(lambda conversation, sample: OK), harmful=HARMFUL, judges=(PhraseJudge(),))
+
+
+def test_what_a_judge_lacks_is_said_before_anything_is_answered(tmp_path):
+    asked = []
+
+    def said(conversation, sample):
+        asked.append(conversation)
+        return OK
+
+    with (
+        Unfinished(tmp_path / "work") as work,
+        pytest.raises(InputError, match="needs the answers that compliance"),
+    ):
+        evaluate(
+            ScriptedEngine(said),
+            harmful=from_values(["bad one"]),
+            judges=(PhraseJudge(), ReferenceJudge()),
+            work=work,
+        )
+    assert not asked
+    assert not (tmp_path / "work").exists()
