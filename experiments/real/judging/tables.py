@@ -13,7 +13,8 @@ NAMES = {
     "smollm2": "SmolLM2-135M-Instruct",
     "smollm2_patched": "the same, with a patch",
     "qwen": "Qwen2.5-Coder-0.5B",
-    "qwen_steered": "the same, told that the request is harmful",
+    "qwen_patched": "the same, with a patch",
+    "qwen_steered": "Qwen2.5-Coder-0.5B, told that the request is harmful",
 }
 
 
