@@ -39,4 +39,4 @@ def test_the_rule_is_better_than_the_one_before_on_the_half_it_was_not_chosen_on
     now, before = agreement(rows, "judged"), agreement(rows, "judged_before")
     assert now.share > before.share + 0.1
     assert now.kappa is not None and now.kappa > 0.75
-    assert line("all", "test", rows).startswith("| all | test | 120 |")
+    assert line("all", "test", rows).startswith("| all | test | 150 |")
