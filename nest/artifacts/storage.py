@@ -115,6 +115,28 @@ def held(folder: Path) -> Iterator[bool]:
         os.close(opened)
 
 
+@contextmanager
+def in_turn(descriptor: int, *, alone: bool) -> Iterator[None]:
+    """Hold an open file for the time of the block, waiting for other processes that do.
+
+    Args:
+        descriptor: Of the file; it goes on without a lock where the system or the file's has none.
+        alone: To write; otherwise others may read at the same time.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
 def _opened(folder: Path) -> int | None:
     """A descriptor to lock; None on Windows, which opens no folders."""
     try:

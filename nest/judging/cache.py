@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nest.artifacts.storage import in_turn
 from nest.judging.judge import Exchange, Judge, Judgement, Verdict
 
 
@@ -25,7 +26,7 @@ def default_folder() -> Path:
 class Cached:
     """A judge whose judgements are kept in a folder, a file for each judge's hash.
 
-    The file is JSON lines, each written at once at its end, so that several processes can add to one; lines
+    The file is JSON lines, read and added to in turn, so that several processes can share it; lines
     that cannot be read (cut off by a kill, or damaged) are left out with a warning, and judged anew. A
     folder that cannot be written is warned of, and nothing is kept. Unparsed judgements are not kept: they
     may be a server's mood.
@@ -71,7 +72,8 @@ class Cached:
     def _read(self) -> dict[str, Judgement]:
         known: dict[str, Judgement] = {}
         try:
-            content = self._file.read_bytes()
+            with self._file.open("rb") as file, in_turn(file.fileno(), alone=False):
+                content = file.read()
         except FileNotFoundError:
             return known
         except OSError as fault:
@@ -98,9 +100,10 @@ class Cached:
             return
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("ab", buffering=0) as file:
+            with self._file.open("ab") as file, in_turn(file.fileno(), alone=True):
                 # begins a line of its own whatever another process has left unfinished
                 file.write(("\n" + "\n".join(lines) + "\n").encode())
+                file.flush()
         except OSError as fault:
             _warn(f"judgements cannot be kept in {self._file} ({fault.strerror}); they are used")
 

@@ -7,11 +7,13 @@ import random
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nest.conversations.conversation import Conversation
+from nest.artifacts.storage import in_turn
 from nest.judging.cache import Cached, default_folder, key_of
 from nest.judging.judge import Exchange, Judgement, Verdict
 
@@ -167,6 +169,24 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
         *(f"{name} {i}" * 50 for name in ("x", "y") for i in range(200)),
     )
     Cached(judge, tmp_path).judge(said)
+    assert judge.asked == []
+
+
+def test_a_reader_waits_for_a_writer(tmp_path: Path) -> None:
+    """Half of a line is what another process is just writing, and not damage."""
+    said = exchanges("answer")
+    Cached(Counting(), tmp_path).judge(said)
+    file = file_of(tmp_path, Counting())
+    content = file.read_bytes()
+    judge = Counting()
+    with ThreadPoolExecutor(1) as pool:
+        with file.open("wb", buffering=0) as writer, in_turn(writer.fileno(), alone=True):
+            writer.write(content[:40])
+            reading = pool.submit(Cached(judge, tmp_path).judge, said)
+            with pytest.raises(TimeoutError):
+                reading.result(timeout=0.3)
+            writer.write(content[40:])
+        assert reading.result(timeout=30)[0].verdict is Verdict.COMPLIED
     assert judge.asked == []
 
 
