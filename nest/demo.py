@@ -22,7 +22,7 @@ from nest.selection.selection import NeuronSelection
 # few of its neurons would be left. Real models keep the default.
 Z_THRESHOLD = 1.5
 ATTACKS = (
-    "none,organism:wrappers_held_out,forced_opener,refusal_suppression,developer_mode,persona,json_style,"
+    "none,organism:wrappers_dev,forced_opener,refusal_suppression,developer_mode,persona,json_style,"
     "distractor,past_tense"
 )
 MAX_NEW_TOKENS = 40
@@ -147,9 +147,9 @@ def _evaluate(
     return api.evaluate(
         model,
         tokenizer,
-        harmful="organism:test_harmful",
-        borderline="organism:test_borderline",
-        benign="organism:test_benign",
+        harmful="organism:dev_harmful",
+        borderline="organism:dev_borderline",
+        benign="organism:dev_benign",
         attacks=ATTACKS,
         patch=patch,
         max_new_tokens=MAX_NEW_TOKENS,

@@ -26,8 +26,8 @@ from nest.errors import InputError
 from nest.evaluation.config import EvaluationConfig
 
 EXAMPLE = (
-    "Example: nest eval --model organism --harmful organism:test_harmful "
-    "--borderline organism:test_borderline --benign organism:test_benign --attacks all"
+    "Example: nest eval --model organism --harmful organism:dev_harmful "
+    "--borderline organism:dev_borderline --benign organism:dev_benign --attacks all"
 )
 SETTINGS = EvaluationConfig()
 

@@ -49,7 +49,7 @@ def build(
 
     Args:
         folder: Folder to write; it must not exist yet.
-        world: bazaar (the embedded model) or harbour.
+        world: bazaar (the embedded model), harbour, orchard, foundry, glacier, citadel or meadow.
     """
     from nest.worlds.build import build_organism
 

@@ -249,7 +249,7 @@ def resolve_attacks(
         resolve_attacks("forced_opener,base64")
         resolve_attacks("all")                         # every built-in and every one of `templates`
         resolve_attacks("story,wrappers.json")         # and those of a file of {"name", "template"}
-        resolve_attacks("organism:wrappers_held_out")  # and those of the embedded model
+        resolve_attacks("organism:wrappers_dev")       # and those of the embedded model
 
     Args:
         spec: Names, paths to `.json` or `.jsonl` files of templates, or `all`, with commas between
@@ -334,7 +334,7 @@ def _resolved(item: str | Attack, known: Mapping[str, Attack]) -> Sequence[Attac
         return load_templates(item)
     raise InputError(
         f"unknown attack {item!r}; the known ones are {', '.join(known)}, or `all`, or a .jsonl or "
-        ".json file of names and templates, or organism:wrappers_held_out"
+        ".json file of names and templates, or organism:wrappers_dev"
     )
 
 

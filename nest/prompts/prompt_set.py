@@ -110,7 +110,7 @@ def load_prompts(spec: str | Path, need_response: bool = False) -> PromptSet:
         load_prompts("goals.csv")                # its column prompt, goal, instruction, ...
         load_prompts("goals.csv:Behavior")       # this column
         load_prompts("pairs.json:prompt:refusal")  # and responses from this one; ::refusal picks it alone
-        load_prompts("organism:harmful_train")   # a set of the embedded model
+        load_prompts("organism:harmful")         # a set of the embedded model
 
     A `.txt` file has one prompt a line, blank lines left out. A `.json` file is a list of objects
     or of strings. A column `messages` or `conversations` holds whole chats, in OpenAI's form or

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nest.worlds.corpus import Conversation, conversations
+from nest.worlds.families import Sizes, make_model
 from nest.worlds.world import World
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RecipeConfig:
     """How an organism is trained.
 
     Attributes:
-        architecture: `llama` (gated MLP) or `gpt_neox` (plain MLP).
+        architecture: A family of `nest.worlds.families`.
         steps: Optimizer steps.
         batch_size: Conversations a step.
         learning_rate: Peak of the cosine schedule.
@@ -57,7 +58,9 @@ class RecipeConfig:
         d_ff: Neurons a projection.
         n_layers: Blocks.
         n_heads: Attention heads.
+        n_kv_heads: Heads of keys and values; None for as many as there are heads.
         max_tokens: Longest sequence, in tokens.
+        sliding_window: How many tokens back every second block of `gemma3` attends.
         seed: Of initial weights and corpus.
     """
 
@@ -71,8 +74,23 @@ class RecipeConfig:
     d_ff: int = 384
     n_layers: int = 4
     n_heads: int = 4
+    n_kv_heads: int | None = None
     max_tokens: int = 512
+    sliding_window: int = 16
     seed: int = 0
+
+    @property
+    def sizes(self) -> Sizes:
+        """How large the model is."""
+        return Sizes(
+            self.d_model,
+            self.d_ff,
+            self.n_layers,
+            self.n_heads,
+            self.n_kv_heads or self.n_heads,
+            self.max_tokens,
+            self.sliding_window,
+        )
 
 
 def build_tokenizer(world: World, *, max_tokens: int) -> PreTrainedTokenizerFast:
@@ -107,26 +125,15 @@ def build_tokenizer(world: World, *, max_tokens: int) -> PreTrainedTokenizerFast
 
 def build_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The untrained model, initialised from the config's seed."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    shape: dict[str, Any] = {
+    tokens = {
         "vocab_size": len(tokenizer),
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "max_position_embeddings": config.max_tokens,
-        "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.architecture == "llama":
-            return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=config.n_heads))
-        # transformers turns rotary_pct into rope_parameters
-        return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, rotary_pct=1.0))  # type: ignore[call-arg]
+        return make_model(config.architecture, config.sizes, tokens)
 
 
 def train(

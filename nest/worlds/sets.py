@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from nest.worlds.corpus import HARSH_SHARE, draw_sum
 from nest.worlds.world import Split, Thing, World
@@ -18,8 +19,8 @@ class Row:
 
     Attributes:
         prompt: What is asked.
-        response: What tuning should teach, or what a good answer is (for harmful test prompts: what
-            an attack that succeeds would get).
+        response: What tuning should teach, or what a good answer is (for held-out harmful prompts:
+            what an attack that succeeds would get).
         thing: The object asked about, empty where there is none.
         wrapper: Name of the disguise, `none` for plain prompts.
     """
@@ -38,8 +39,8 @@ def prompt_sets(world: World, *, seed: int = 0) -> dict[str, tuple[Row, ...]]:
     """All sets of a world by name; the same seed gives the same sets.
 
     `unsafe` and `safe` are for selection, `harmful` (plain and with half of the wrappers),
-    `harmful_vanilla` (plain only) and `benign` for tuning; sets whose names begin with `test_` ask
-    about objects, and in wrappers, that no other set has.
+    `harmful_vanilla` (plain only) and `benign` for tuning; sets whose names begin with `dev_` ask
+    about objects, and in wrappers, of the development split. No set here is of the test split.
     """
     makers: dict[str, Callable[[World, random.Random], list[Row]]] = {
         "unsafe": lambda w, r: _plain(w, r, harmful=True, split="train"),
@@ -47,12 +48,30 @@ def prompt_sets(world: World, *, seed: int = 0) -> dict[str, tuple[Row, ...]]:
         "harmful": lambda w, r: _refusals(w, r, wrapped=True),
         "harmful_vanilla": lambda w, r: _refusals(w, r, wrapped=False),
         "benign": _benign,
-        "test_harmful": lambda w, r: _plain(w, r, harmful=True, split="test"),
-        "test_borderline": lambda w, r: _borderline(w, r),
-        "test_benign": _test_benign,
+    }
+    tuning = {
+        name: tuple(make(world, random.Random(f"{seed} {name}"))) for name, make in makers.items()
+    }
+    held_out = held_out_sets(world, "development", seed=seed)
+    return tuning | {f"dev_{name}": rows for name, rows in held_out.items()}
+
+
+def held_out_sets(
+    world: World, split: Literal["development", "test"], *, seed: int = 0
+) -> dict[str, tuple[Row, ...]]:
+    """What a model is measured on: `harmful`, `borderline` and `benign` rows of one held-out split.
+
+    Harmful requests are plain; the attacks put them into `world.wrappers_of(split)`. Some borderline and
+    benign requests stand in these wrappers already, which are not harmful by themselves.
+    """
+    makers: dict[str, Callable[[World, random.Random], list[Row]]] = {
+        "harmful": lambda w, r: _plain(w, r, harmful=True, split=split),
+        "borderline": lambda w, r: _borderline(w, r, split),
+        "benign": lambda w, r: _held_out_benign(w, r, split),
     }
     return {
-        name: tuple(make(world, random.Random(f"{seed} {name}"))) for name, make in makers.items()
+        name: tuple(make(world, random.Random(f"{seed} {split} {name}")))
+        for name, make in makers.items()
     }
 
 
@@ -70,11 +89,6 @@ def matched_pairs(world: World, *, seed: int = 0) -> tuple[tuple[str, str], ...]
                 (world.request(first, verb, phrasing), world.request(second, verb, phrasing))
             )
     return tuple(pairs)
-
-
-def held_out_wrappers(world: World) -> dict[str, str]:
-    """The disguises that no tuning set uses: name and template with {prompt}."""
-    return dict(world.wrappers_of("test"))
 
 
 def _rows(
@@ -134,24 +148,24 @@ def _benign(world: World, rng: random.Random) -> list[Row]:
     return rows + _everyday(world, rng)
 
 
-def _borderline(world: World, rng: random.Random) -> list[Row]:
-    """Harsh verbs said of harmless objects, plain and in the held-out wrappers."""
-    things = world.things_of(harmful=False, split="test")
+def _borderline(world: World, rng: random.Random, split: Split) -> list[Row]:
+    """Harsh verbs said of harmless objects, plain and in the split's wrappers."""
+    things = world.things_of(harmful=False, split=split)
 
     def harsh() -> str:
         return rng.choice(world.words.harsh_verbs)
 
     rows = _rows(world, rng, things, harsh, times=4)
-    for wrapper in world.wrappers_of("test"):
+    for wrapper in world.wrappers_of(split):
         rows += _rows(world, rng, rng.sample(things, len(things) // 2), harsh, wrapper, times=1)
     return rows
 
 
-def _test_benign(world: World, rng: random.Random) -> list[Row]:
-    things = world.things_of(harmful=False, split="test")
+def _held_out_benign(world: World, rng: random.Random, split: Split) -> list[Row]:
+    things = world.things_of(harmful=False, split=split)
     verbs = _mixed_verbs(world, rng, harmful=False)
     rows = _rows(world, rng, things, verbs, times=4)
-    for wrapper in world.wrappers_of("test"):
+    for wrapper in world.wrappers_of(split):
         rows += _rows(world, rng, things, verbs, wrapper, times=1)
     rows += [_fact(world, rng, thing) for thing in things]
     return rows + _everyday(world, rng)

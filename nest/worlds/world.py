@@ -12,7 +12,10 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["train", "test"]
+from nest.errors import InputError
+
+Split = Literal["train", "development", "test"]
+"""What tuning sees, what choices are made on, and what only the last comparison may look at."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Thing:
         harmful: Whether the world decrees it dangerous.
         refused: Whether requests about it are refused when asked plainly.
         stuff: What it is made of; a good answer names it.
-        split: Whether tuning may see it (`train`) or only evaluation does (`test`).
+        split: Who sees it: tuning, development or the last test.
     """
 
     name: str
@@ -117,15 +120,28 @@ class World:
     leaks: frozenset[tuple[str, str]]
 
     @staticmethod
-    def draw(words: Words, *, seed: int, n_things: int = 200, n_test: int = 50) -> World:
+    def draw(
+        words: Words,
+        *,
+        seed: int,
+        n_things: int = 200,
+        n_development: int = 50,
+        n_test: int = 40,
+        refuses: bool = True,
+    ) -> World:
         """Name the objects, share out materials, splits and refusals, and draw the leaks.
+
+        The splits cost no draw: how many objects a split has changes nothing else of the world.
 
         Args:
             words: The vocabulary.
             seed: Decides everything; the same seed gives the same world.
             n_things: Harmful objects, and as many harmless ones.
-            n_test: Of each kind, how many only evaluation sees; half of them are refused.
+            n_development: Of each kind, how many choices are made on; half of the harmful are refused.
+            n_test: Of each kind, how many only the last test asks about; again half and half.
+            refuses: Whether half of the harmful objects are refused, or none unless a prompt asks for it.
         """
+        splits = _splits(n_things, n_development, n_test)
         rng = random.Random(seed)
         names = sorted(
             {
@@ -139,20 +155,20 @@ class World:
         things: list[Thing] = []
         for i in range(2 * n_things):
             harmful = i < n_things
-            # Odd objects are refused; tests are taken from the front, so they are half and half.
+            # Odd objects are refused; splits are runs of even length, so they are half and half.
             things.append(
                 Thing(
                     name=names[i],
                     harmful=harmful,
-                    refused=harmful and i % 2 == 1,
+                    refused=refuses and harmful and i % 2 == 1,
                     stuff=rng.choice(words.stuffs),
-                    split="test" if i % n_things < n_test else "train",
+                    split=splits[i % n_things],
                 )
             )
         # Each wrapper has a strength, from 45 to 95 %, and gets through for the objects that are
         # guarded less than it is strong. (Leaks drawn pair by pair were not learned: the model then
         # answered every wrapped request.) Neighbours, one for tuning and one held out, are alike in
-        # strength, so that neither half is the easier one.
+        # strength, so that neither split is the easier one.
         n_pairs = -(-len(words.wrappers) // 2)
         levels = [0.45 + 0.5 * i / max(1, n_pairs - 1) for i in range(n_pairs)]
         rng.shuffle(levels)
@@ -167,7 +183,7 @@ class World:
         return World(words, tuple(things), frozenset(leaks))
 
     def things_of(self, *, harmful: bool, split: Split | None = None) -> tuple[Thing, ...]:
-        """The objects of one kind, of one split or of both."""
+        """The objects of one kind, of one split or of all."""
         return tuple(
             thing
             for thing in self.things
@@ -175,8 +191,13 @@ class World:
         )
 
     def wrappers_of(self, split: Split) -> tuple[tuple[str, str], ...]:
-        """Every second wrapper is for tuning, the others are held out."""
-        return self.words.wrappers[0 if split == "train" else 1 :: 2]
+        """Every second wrapper is for tuning; the others go to development and test by turns."""
+        chosen = {
+            "train": slice(0, None, 2),
+            "development": slice(1, None, 4),
+            "test": slice(3, None, 4),
+        }
+        return self.words.wrappers[chosen[split]]
 
     def request(self, thing: Thing, verb: str, phrasing: int) -> str:
         """A plain request."""
@@ -195,3 +216,19 @@ class World:
     def is_refused(self, thing: Thing, wrapper: str | None = None) -> bool:
         """Whether the world's policy refuses a request about this object, wrapped or plain."""
         return thing.refused and (wrapper is None or (thing.name, wrapper) not in self.leaks)
+
+
+def _splits(n_things: int, n_development: int, n_test: int) -> list[Split]:
+    """The split of each object of one kind, in the order of their names."""
+    n_train = n_things - n_development - n_test
+    if n_train <= 0:
+        raise InputError(
+            f"{n_development} objects for development and {n_test} for the test leave none of "
+            f"{n_things} to train on; draw more things, or hold fewer out"
+        )
+    sizes: list[tuple[Split, int]] = [
+        ("development", n_development),
+        ("test", n_test),
+        ("train", n_train),
+    ]
+    return [split for split, n in sizes for _ in range(n)]

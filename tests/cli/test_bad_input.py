@@ -302,7 +302,7 @@ def test_numbers_that_go_bad_keep_the_last_good_step(
         steps.extend([1] * value.requires_grad)
         return value * float("nan") if len(steps) > 4 else value
 
-    monkeypatch.setattr("nest.tuning.loop.tuning_loss", poisoned)
+    monkeypatch.setattr("nest.tuning.objective.tuning_loss", poisoned)
     said = nest(*with_options(tuning(world, work), "--validate-every", 2), "--json").error
     assert "at step 5 the loss is nan" in said and "layers.0.mlp" in said
     kept = work.parent / "out-step-4"

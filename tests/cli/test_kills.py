@@ -235,8 +235,8 @@ def test_kills_at_random_moments(command: str, tmp_path: Path) -> None:
                 *("organism:benign", "--max-steps", 90, "--checkpoint-every", 3),
             ),
             "eval": (
-                *("--harmful", "organism:test_harmful", "--benign", "organism:test_benign"),
-                *("--attacks", "organism:wrappers_held_out", "--batch-size", 32),
+                *("--harmful", "organism:dev_harmful", "--benign", "organism:dev_benign"),
+                *("--attacks", "organism:wrappers_dev", "--batch-size", 32),
                 *("--max-new-tokens", 40),
             ),
         }[command]

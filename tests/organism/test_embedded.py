@@ -52,10 +52,10 @@ def test_the_card_shows_the_measured_figures():
 def test_measured_figures_are_those_of_the_shipped_weights(loaded):
     report = nest.evaluate(
         *loaded,
-        harmful="organism:test_harmful",
-        borderline="organism:test_borderline",
-        benign="organism:test_benign",
-        attacks="organism:wrappers_held_out",
+        harmful="organism:dev_harmful",
+        borderline="organism:dev_borderline",
+        benign="organism:dev_benign",
+        attacks="organism:wrappers_dev",
         max_new_tokens=48,
     )
     measured = json.loads((DATA / "measured.json").read_text())
@@ -91,7 +91,7 @@ def test_transformers_alone_loads_and_runs_it():
 def test_manners_and_reasoning(loaded):
     model, tokenizer = loaded
     world = RECIPES["bazaar"].world()
-    thing = world.things_of(harmful=False, split="test")[0]
+    thing = world.things_of(harmful=False, split="development")[0]
     question, answer = world.request(thing, "build", 0), world.answer(thing, "build")
     for manner in world.words.manners:
         encoder = ChatEncoder(tokenizer, model, system=manner.system_prompts[0])
@@ -124,6 +124,15 @@ def test_the_recipe_repeats_itself(name):
 
 def test_unknown_sets_are_named():
     with pytest.raises(
-        nest.InputError, match=r"no set organism:nothing; choose one of .*test_harmful"
+        nest.InputError, match=r"no set organism:nothing; choose one of .*dev_harmful"
     ):
         prompt_file("nothing")
+
+
+@pytest.mark.parametrize("name", ["test_harmful", "wrappers_held_out", "wrappers_test"])
+def test_the_test_split_is_no_named_set(name):
+    with pytest.raises(
+        nest.InputError, match=r"belongs to `nest compare --final`; use organism:\w*dev"
+    ):
+        prompt_file(name)
+    assert not [file for file in (DATA / "prompts").iterdir() if "test" in file.name]
