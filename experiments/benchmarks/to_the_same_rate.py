@@ -20,7 +20,6 @@ from experiments.worlds.run import World
 from nest.methods.lora import Lora
 from nest.methods.method import Method, Subject, TrainingData
 from nest.methods.neurons import Neurons
-from nest.models.sites import NeuronSite
 from nest.selection.config import SelectionConfig
 from nest.tuning.config import TuningConfig
 
@@ -90,26 +89,20 @@ def _is_good(found: dict[str, Any]) -> bool:
 
 def _nest(world: World, config: TuningConfig) -> tuple[float, dict[str, Any]]:
     selecting = SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=config.seed)
-    return _timed(world, Neurons(selecting, config), world.sites)
+    return _timed(world, Neurons(selecting=selecting, tuning=config))
 
 
 def _lora(world: World, config: TuningConfig) -> tuple[float, dict[str, Any]]:
-    down = [_down(site) for site in world.sites if site.projection == "gate_proj"]
-    return _timed(world, Lora(LORA_RANK, config), (*world.sites, *down))
+    assert config.learning_rate is not None
+    rate, tuning = config.learning_rate, replace(config, learning_rate=None)
+    return _timed(world, Lora(rank=LORA_RANK, modules="mlp", learning_rate=rate, tuning=tuning))
 
 
-def _timed(
-    world: World, method: Method, sites: tuple[NeuronSite, ...]
-) -> tuple[float, dict[str, Any]]:
+def _timed(world: World, method: Method) -> tuple[float, dict[str, Any]]:
     """Seconds until the treated model is there, and what it does."""
     sets = (world.prompt_set(name) for name in ("harmful", "benign", "unsafe", "safe"))
     data = TrainingData(*sets)
     started = time.perf_counter()
-    with method.applied(Subject(world.model, world.encoder, sites), data) as treated:
+    with method.applied(Subject(world.model, world.encoder, world.sites), data) as treated:
         took = time.perf_counter() - started
         return took, world.measure(treated.model)
-
-
-def _down(site: NeuronSite) -> NeuronSite:
-    """The down projection beside a gate; LoRA needs its module's path only."""
-    return replace(site, module=site.module.replace("gate_proj", "down_proj"))

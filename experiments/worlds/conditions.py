@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nest.selection.config import Control
+
 # The only setting that differs between the worlds. A tiny model has few neurons a projection (384), so
 # that the paper's 3 would leave next to none.
 Z_THRESHOLDS = {"bazaar": 1.5, "harbour": 0.5}
@@ -19,8 +21,7 @@ class Condition:
         name: Key in the results.
         label: Row of the table.
         kind: `nest`: a cluster update; `lora`: PEFT's adapter on the same modules.
-        selection: `probe`: as selected; `random`: as many neurons drawn at random;
-            `random_clusters`: the selected neurons, their clusters shuffled.
+        control: Of the selection; None trains it as it is.
         harmful: Set of harmful dialogues: with half of the wrappers, or plain (`harmful_vanilla`).
         rank: Of the adapter.
         settings: Fields of `TuningConfig` that differ from the defaults.
@@ -29,7 +30,7 @@ class Condition:
     name: str
     label: str
     kind: Literal["nest", "lora"] = "nest"
-    selection: Literal["probe", "random", "random_clusters"] = "probe"
+    control: Control | None = None
     harmful: str = "harmful"
     rank: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -41,13 +42,13 @@ CONDITIONS = (
     Condition(
         "shared_random",
         "shared, random neurons",
-        selection="random",
+        control="random_neurons",
         settings={"update": "shared"},
     ),
     Condition(
         "loaded_random",
         "loaded, random neurons",
-        selection="random",
+        control="random_neurons",
         settings={"update": "loaded"},
     ),
     Condition(
@@ -65,7 +66,7 @@ CONDITIONS = (
     Condition(
         "loaded_random_clusters",
         "loaded, random clusters",
-        selection="random_clusters",
+        control="random_clusters",
         settings={"update": "loaded"},
     ),
     Condition("loaded_no_kl", "loaded, without the KL term", settings={"kl_weight": 0.0}),

@@ -1,14 +1,13 @@
 """Run the comparison: `python -m experiments.worlds.run [--only NAME,...] [--worlds ...] [--seeds ...]`.
 
 One JSON file a world, condition and seed under `results/`; what is there already is not run again unless
-`--again` is given. The harbour is trained from its recipe into a cache folder the first time.
+`--again` is given. A world that is not grown yet is trained from its recipe the first time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from dataclasses import asdict
@@ -31,16 +30,13 @@ from nest.methods.method import Method, Subject, TrainingData
 from nest.methods.neurons import Neurons
 from nest.models.layouts import find_sites
 from nest.models.loading import load_model
-from nest.organism import DATA
 from nest.prompts.attacks import NO_ATTACK, Attack, load_templates
 from nest.prompts.prompt_set import PromptSet, load_prompts
 from nest.selection.config import SelectionConfig
-from nest.selection.controls import random_clusters, random_neurons
 from nest.tuning.config import TuningConfig
-from nest.worlds.build import build_organism, recipe
+from nest.worlds.store import grown
 
 RESULTS = Path(__file__).parent / "results"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nest" / "worlds"
 MAX_NEW_TOKENS = 40
 
 
@@ -49,13 +45,13 @@ class World:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        folder = world_folder(name)
-        self.model, tokenizer = load_model(str(folder / "model"), device="cpu")
+        world = grown(name)
+        self.model, tokenizer = load_model(str(world.folder / "model"), device="cpu")
         self.encoder = ChatEncoder(tokenizer, self.model)
-        self.sites = find_sites(self.model)
-        self.prompts = folder / "prompts"
-        held_out = load_templates(self.prompts / "wrappers_held_out.jsonl")
-        self.attacks: tuple[Attack, ...] = (NO_ATTACK, *held_out)
+        self.sites = find_sites(self.model, world.recipe.layout(self.model))
+        self.prompts = world.folder / "prompts"
+        wrappers = load_templates(self.prompts / "wrappers_dev.jsonl")
+        self.attacks: tuple[Attack, ...] = (NO_ATTACK, *wrappers)
         self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def prompt_set(self, name: str) -> PromptSet:
@@ -63,30 +59,17 @@ class World:
         return load_prompts(self.prompts / f"{name}.jsonl", need_response=True)
 
     def measure(self, model: Any) -> dict[str, Any]:
-        """Attack success, over-refusal and usefulness on held-out objects and wrappers."""
+        """Attack success, over-refusal and usefulness on the objects and wrappers for development."""
         report = evaluate(
             StaticEngine(model, self.encoder),
-            harmful=self.prompt_set("test_harmful"),
-            borderline=self.prompt_set("test_borderline"),
-            benign=self.prompt_set("test_benign"),
+            harmful=self.prompt_set("dev_harmful"),
+            borderline=self.prompt_set("dev_borderline"),
+            benign=self.prompt_set("dev_benign"),
             attacks=self.attacks,
             judges=(PhraseJudge(),),
             config=EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, benign_twin_prompts=0),
         )
         return figures(report)
-
-
-def world_folder(name: str) -> Path:
-    """The embedded bazaar, or another world trained from its recipe."""
-    if name == "bazaar":
-        return DATA
-    folder = CACHE / name
-    wanted = json.loads(json.dumps(asdict(recipe(name).training)))
-    measured = folder / "measured.json"
-    if measured.exists() and json.loads(measured.read_text())["recipe"]["training"] == wanted:
-        return folder
-    build_organism(name, folder, overwrite=True)
-    return folder
 
 
 def figures(report: EvalReport) -> dict[str, Any]:
@@ -117,11 +100,9 @@ def run_condition(world: World, condition: Condition, seed: int) -> dict[str, An
     selecting = SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=seed)
     method: Method
     if condition.kind == "lora":
-        method = Lora(condition.rank, config)
+        method = Lora(rank=condition.rank, tuning=config)
     else:
-        control = {"random": random_neurons, "random_clusters": random_clusters}
-        changed = control.get(condition.selection)
-        method = Neurons(selecting, config, changed and partial(changed, seed=seed))
+        method = Neurons(selecting=selecting, tuning=config, control=condition.control)
     subject = Subject(world.model, world.encoder, world.sites)
     data = TrainingData(
         *(world.prompt_set(name) for name in (condition.harmful, "benign", "unsafe", "safe"))
@@ -139,7 +120,7 @@ def run_condition(world: World, condition: Condition, seed: int) -> dict[str, An
         "neurons": result.more.get("neurons"),
         "steps": result.steps,
         "best_step": result.best_step,
-        "tuning_seconds": result.seconds,
+        "tuning_seconds": result.training_seconds,
         **found,
     }
 

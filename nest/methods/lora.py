@@ -1,128 +1,153 @@
-"""PEFT's LoRA on the same modules, with the same loss, data order and schedule."""
+"""PEFT's LoRA, with the same loss, data order and schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nest.conversations.answers import target_logits
-from nest.errors import InputError
-from nest.methods.method import MethodResult, Subject, TrainingData, Treated
+from nest.methods.adapters import adapted, peft_module
+from nest.methods.method import Subject, TrainingData, Treated, Watch
+from nest.methods.neurons import found_neurons
+from nest.methods.places import (
+    Budget,
+    Modules,
+    budget_of,
+    is_transposed,
+    linear_modules,
+    ranks_within,
+)
+from nest.methods.training import (
+    Course,
+    Rate,
+    TuningWithoutRate,
+    result_of,
+    supervised,
+    train,
+)
+from nest.methods.watching import begun
+from nest.models.wrappers import submodule
 from nest.progress import ProgressCallback
+from nest.selection.config import SelectionConfig
+from nest.selection.selection import NeuronSelection
+from nest.settings import AtLeastOne, Positive, settings
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import prepare
-from nest.tuning.loop import TrainingLoop
-
-# Peak learning rate where the config leaves it open.
-LEARNING_RATE = 1e-2
 
 
-@dataclass(frozen=True)
+@settings("the method lora")
 class Lora:
-    """Train a LoRA on the modules of the subject's sites.
+    """Train a LoRA on linear layers of the subject.
 
     Attributes:
-        rank: Of the adapter.
-        tuning: As for `tune_update`; its `update`, `mode`, `layers`, `checkpointing` and
-            `cache_prefix` play no part, and a learning rate of None means `LEARNING_RATE`.
+        rank: Of the adapter; with `parameters` it plays no part.
+        alpha: Its output is multiplied with alpha / rank; None takes twice the rank. Adam makes this a
+            matter of the learning rate.
+        modules: `sites`: the projections that the sites are in, whole ones where they are fused; `mlp`:
+            also those that read their neurons; `all`: every linear layer of the blocks.
+        parameters: Ranks and modules are chosen to come closest to so many trainable parameters, at
+            most a tenth above: a number, or `neurons`, as many as the neurons' update would have, with
+            `selecting` and the update of `tuning`. The time to count them is none of the method's.
+        rows: `all`, or `selected`: B is trained on the rows of the selected neurons alone, on the
+            modules that have such, whatever `modules` says; the others stay zero.
+        learning_rate: Peak of the schedule.
+        selecting: How neurons are found where they are needed.
+        tuning: How it is trained.
         name: For tables.
     """
 
-    rank: int
-    tuning: TuningConfig = field(default_factory=TuningConfig)
+    rank: Annotated[int, AtLeastOne] = 16
+    alpha: Annotated[float, Positive] | None = None
+    modules: Modules = "sites"
+    parameters: Budget = None
+    rows: Literal["all", "selected"] = "all"
+    learning_rate: Rate = 1e-2
+    selecting: SelectionConfig = field(default_factory=SelectionConfig)
+    tuning: TuningWithoutRate = field(default_factory=TuningConfig)
     name: str = "lora"
+
+    knob: ClassVar[str] = "learning_rate"
+    tried: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2, 3e-2)
 
     @contextmanager
     def applied(
-        self, subject: Subject, data: TrainingData, progress: ProgressCallback | None = None
+        self,
+        subject: Subject,
+        data: TrainingData,
+        *,
+        progress: ProgressCallback | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[Treated]:
-        """See `Method.applied`; the treated model is PEFT's wrapper.
+        """See `Method.applied`.
 
         Raises:
-            InputError: PEFT is not installed.
+            InputError: PEFT is not installed, a module is no linear layer, or there is no LoRA of so
+                few parameters.
         """
-        model, config = subject.model, self.tuning
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise InputError(
-                "the LoRA baseline needs PEFT: pip install 'nest-safety[baselines]'"
-            ) from None
-        train, validation, n_steps = prepare(subject.encoder, data.harmful, data.benign, config)
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        adapted = None
-        try:
-            with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                targets = [site.module for site in subject.sites]
-                # alpha 2r is the common choice; Adam makes the scale a matter of the learning rate.
-                shape = LoraConfig(
-                    r=self.rank, lora_alpha=2 * self.rank, target_modules=targets, lora_dropout=0.0
+        peft, config = peft_module(self.name), self.tuning
+        with begun(subject, watch) as watcher:
+            shapes = linear_modules(subject, self.modules, self.name)
+            rows: dict[str, Tensor] = {}
+            if self.rows == "selected":
+                selection = found_neurons(
+                    subject, data, self.selecting, self.name, progress=progress
                 )
-                adapted = get_peft_model(model, shape)
-            adapter = _Adapter(adapted)
-            adapted.eval()
-            device = next(model.parameters()).device
-            optimizer = torch.optim.AdamW(
-                adapter.parameters(),
-                lr=config.learning_rate or LEARNING_RATE,
-                weight_decay=config.weight_decay,
-                fused=device.type in ("cpu", "cuda"),
+                rows = _outputs(selection)
+                shapes = {path: shapes[path] for path in rows}
+            costs = {
+                path: n_in + (rows[path].numel() if path in rows else n_out)
+                for path, (n_in, n_out) in shapes.items()
+            }
+            with watcher.paused():
+                budget = budget_of(
+                    self.parameters, subject, data, self.selecting, config, self.name, progress
+                )
+            ranks = (
+                dict.fromkeys(costs, self.rank)
+                if budget is None
+                else ranks_within(costs, budget, self.name)
             )
-            loop = TrainingLoop(
-                subject.encoder,
-                adapter,
-                optimizer,
-                lambda micro_batch: target_logits(adapted, micro_batch.batch, device),
-                config,
-                n_steps,
-                micro_batch_size=config.micro_batch_size or config.batch_size,
-                progress=progress,
-            )
-            loop.run(train, validation)
-            count = sum(parameter.numel() for parameter in adapter.parameters())
-            result = MethodResult(
-                count,
-                tuple(loop.history),
-                loop.best_step,
-                n_steps,
-                loop.seconds,
-                {"rank": self.rank},
-            )
-            yield Treated(adapted, result)
-        finally:
-            if adapted is not None:
-                adapted.unload()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            course = Course(*prepare(subject.encoder, data.harmful, data.benign, config))
+            transposed = is_transposed(submodule(subject.model, next(iter(ranks))))
+            shape = self._shape(peft, ranks, transposed)
+            kept = {path: rows[path] for path in ranks if path in rows}
+            with adapted(subject.model, shape, seed=config.seed, rows=kept) as adapter:
+                loop = train(
+                    subject,
+                    adapter,
+                    supervised(subject, adapter, config),
+                    course,
+                    config,
+                    self.learning_rate,
+                    watcher,
+                    progress,
+                )
+                more = {"rank": max(ranks.values()), "modules": len(ranks), "budget": budget}
+                result = result_of(loop, adapter.n_parameters, watcher, more)
+                yield Treated(subject.model, result, adapter.merged)
+
+    def _shape(self, peft: Any, ranks: dict[str, int], transposed: bool) -> Any:
+        alphas = {path: self.alpha or 2 * rank for path, rank in ranks.items()}
+        first = next(iter(ranks))
+        one_rank = len(set(ranks.values())) == 1
+        return peft.LoraConfig(
+            r=ranks[first],
+            lora_alpha=alphas[first],
+            rank_pattern={} if one_rank else ranks,
+            alpha_pattern={} if one_rank else alphas,
+            target_modules=list(ranks),
+            lora_dropout=0.0,
+            fan_in_fan_out=transposed,
+        )
 
 
-class _Adapter:
-    """PEFT's adapter as the training loop wants it."""
-
-    def __init__(self, adapted: nn.Module) -> None:
-        self._adapted = adapted
-        self._named = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self._named.values())
-
-    @contextmanager
-    def removed(self) -> Iterator[None]:
-        with self._adapted.disable_adapter():  # type: ignore[operator]
-            yield
-
-    def gradients(self) -> Mapping[str, Tensor]:
-        return {name: p.grad for name, p in self._named.items() if p.grad is not None}
-
-    def snapshot(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters()]
-
-    @torch.no_grad()
-    def load_snapshot(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters(), values, strict=True):
-            parameter.copy_(value)
+def _outputs(selection: NeuronSelection) -> dict[str, Tensor]:
+    """For each module the outputs that are selected neurons, of all sites in it."""
+    found: dict[str, list[Tensor]] = {}
+    for part in selection.sites:
+        found.setdefault(part.site.module, []).append(part.neurons + part.site.offset)
+    return {path: torch.cat(parts) for path, parts in found.items()}

@@ -2,77 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field, replace
+from typing import Annotated, ClassVar
+
+from pydantic import model_validator
+from torch import Tensor
 
 from nest.errors import InputError
-from nest.methods.method import MethodResult, Subject, TrainingData, Treated
+from nest.methods.method import MethodResult, Subject, TrainingData, Treated, Watch
+from nest.methods.watching import begun
 from nest.progress import ProgressCallback
-from nest.selection.config import SelectionConfig
+from nest.prompts.prompt_set import PromptSet
+from nest.selection.config import Control, Scorer, SelectionConfig, UpdateForm
 from nest.selection.select import select_neurons
 from nest.selection.selection import NeuronSelection
-from nest.tuning.config import TuningConfig
+from nest.settings import Positive, settings
+from nest.tuning.config import RELATIVE_RATE, TuningConfig
 from nest.tuning.tune import tune_update
 
 
-@dataclass(frozen=True)
+@settings("the method neurons")
 class Neurons:
     """Select neurons, train their cluster update, and carry it in the model's rows.
 
     Attributes:
         selecting: How neurons are found.
         tuning: How the update is trained.
-        changed: Makes another selection of it before training, such as a control of random neurons.
+        relative_rate: Peak learning rate in units of the selected rows' root mean square; training
+            begins anew with a quarter where that does not lower the validation loss. A learning rate
+            in `tuning` is taken instead.
+        update: Form of the update; None takes that of `tuning`.
+        scorer: How neurons are scored; None takes that of `selecting`.
+        control: Train a selection of the same size that says nothing.
+        separate: Every neuron is a cluster of its own: a trainable row each, as in SN-Tune. It is in
+            the shared form, since loadings would add nothing.
         name: For tables.
     """
 
     selecting: SelectionConfig = field(default_factory=SelectionConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
-    changed: Callable[[NeuronSelection], NeuronSelection] | None = None
+    relative_rate: Annotated[float, Positive] = RELATIVE_RATE
+    update: UpdateForm | None = None
+    scorer: Scorer | None = None
+    control: Control | None = None
+    separate: bool = False
     name: str = "neurons"
+
+    knob: ClassVar[str] = "relative_rate"
+    tried: ClassVar[tuple[float, ...]] = (0.4, 0.85, 1.7, 3.4)
+
+    @model_validator(mode="after")
+    def _separate_is_shared(self) -> Neurons:
+        if self.separate and self.update == "loaded":
+            raise ValueError(
+                "separate is true with update = 'loaded'; a row of its own needs no loading, leave "
+                "update out"
+            )
+        return self
 
     @contextmanager
     def applied(
-        self, subject: Subject, data: TrainingData, progress: ProgressCallback | None = None
+        self,
+        subject: Subject,
+        data: TrainingData,
+        *,
+        progress: ProgressCallback | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[Treated]:
         """See `Method.applied`.
 
         Raises:
-            InputError: there are no unsafe and safe prompts to find neurons with.
+            InputError: there are no unsafe and safe prompts to find neurons with, or no step lowered
+                the validation loss.
             SelectionError: no neuron passes the threshold.
         """
-        if data.unsafe is None or data.safe is None:
-            raise InputError(
-                "the method `neurons` needs unsafe and safe prompts to find neurons with"
+        model = subject.model
+        form: UpdateForm = "shared" if self.separate else self.update or self.tuning.update
+        selecting = replace(self.selecting, scorer=self.scorer or self.selecting.scorer)
+        with begun(subject, watch) as watcher:
+            selection = found_neurons(
+                subject, data, selecting, self.name, control=self.control, progress=progress
             )
-        selection = select_neurons(
-            subject.model,
-            subject.encoder,
-            unsafe=data.unsafe,
-            safe=data.safe,
-            sites=subject.sites,
-            config=self.selecting,
-            progress=progress,
-        )
-        if self.changed is not None:
-            selection = self.changed(selection)
-        trained = tune_update(
-            subject.model,
-            subject.encoder,
-            selection,
-            harmful=data.harmful,
-            benign=data.benign,
-            config=self.tuning,
-            progress=progress,
-        )
-        result = MethodResult(
-            trained.patch.trainable_parameters,
-            trained.history,
-            trained.best_step,
-            trained.steps,
-            trained.seconds,
-            {"neurons": selection.n_neurons, "clusters": selection.n_clusters},
-        )
-        with trained.patch.applied(subject.model) as model:
-            yield Treated(model, result)
+            trained = tune_update(
+                model,
+                subject.encoder,
+                selection.separated() if self.separate else selection,
+                harmful=data.harmful,
+                benign=data.benign,
+                config=replace(self.tuning, update=form),
+                progress=progress,
+                relative_rate=self.relative_rate,
+                after_step=watcher.after_step,
+            )
+            kept = trained.patch.selection
+            with trained.patch.applied(model):
+                result = MethodResult(
+                    trained.patch.trainable_parameters,
+                    trained.history,
+                    trained.best_step,
+                    trained.steps,
+                    watcher.seconds,
+                    trained.seconds,
+                    {"neurons": kept.n_neurons, "clusters": kept.n_clusters},
+                )
+                names = dict.fromkeys(part.site.parameter for part in kept.sites)
+
+                def changed() -> dict[str, Tensor]:
+                    state = model.state_dict()
+                    return {name: state[name].detach().clone() for name in names}
+
+                yield Treated(model, result, changed)
+
+
+def found_neurons(
+    subject: Subject,
+    data: TrainingData,
+    selecting: SelectionConfig,
+    name: str,
+    *,
+    control: Control | None = None,
+    progress: ProgressCallback | None = None,
+) -> NeuronSelection:
+    """The neurons that tell the data's unsafe prompts from the safe ones.
+
+    Raises:
+        InputError: there are no such prompts.
+        SelectionError: no neuron passes the threshold.
+    """
+    unsafe, safe = required_prompts(data, name, "find neurons with")
+    return select_neurons(
+        subject.model,
+        subject.encoder,
+        unsafe=unsafe,
+        safe=safe,
+        sites=subject.sites,
+        config=selecting,
+        control=control,
+        progress=progress,
+    )
+
+
+def required_prompts(data: TrainingData, name: str, purpose: str) -> tuple[PromptSet, PromptSet]:
+    """The unsafe and the safe prompts.
+
+    Raises:
+        InputError: one of both is missing.
+    """
+    if data.unsafe is None or data.safe is None:
+        raise InputError(f"the method `{name}` needs unsafe and safe prompts to {purpose}")
+    return data.unsafe, data.safe

@@ -14,6 +14,16 @@ Scorer = Literal["probe", "contrast"]
 Side = Literal["positive", "both"]
 ClusterScope = Literal["projection", "layer"]
 UpdateForm = Literal["shared", "loaded"]
+Control = Literal["random_neurons", "random_clusters", "lowest", "shuffled_labels"]
+"""Selections of the same size that say nothing, to tell whether the choice does the work:
+
+- `random_neurons`: as many neurons and clusters of the same sizes at every site, drawn at random from
+  those that were not selected;
+- `random_clusters`: the selected neurons, their clusters shuffled within each site;
+- `lowest`: as many neurons and clusters at every site, the neurons with the smallest scores (nearest
+  to the mean where both sides count);
+- `shuffled_labels`: as many again, the highest scores after unsafe and safe prompts were mixed up.
+"""
 
 
 @settings("selection settings")

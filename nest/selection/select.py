@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,14 @@ from nest.models.sites import NeuronSite
 from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.clusters import MAX_CLUSTERS, cluster_neurons, standardised
-from nest.selection.config import SelectionConfig
+from nest.selection.config import Control, SelectionConfig
+from nest.selection.controls import (
+    End,
+    as_many,
+    random_clusters,
+    random_neurons,
+    shuffled_labels,
+)
 from nest.selection.probe import check_labels, contrast, fit_probe, z_scores
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest.settings import in_range, range_text
@@ -47,6 +54,7 @@ def select_neurons(
     config: SelectionConfig,
     paired: bool = False,
     batch_size: int = 32,
+    control: Control | None = None,
     progress: ProgressCallback | None = None,
     warn: Callable[[str], None] | None = None,
     work: Unfinished | None = None,
@@ -62,6 +70,7 @@ def select_neurons(
         config: How.
         paired: Prompt i of `unsafe` and prompt i of `safe` are a matched pair.
         batch_size: Prompts a forward pass.
+        control: A selection of the same size that says nothing, instead; see `Control`.
         progress: Called with stage, steps done, steps in all.
         warn: Told about each site that has no neurons over the threshold.
         work: Keeps activations and scores, so that a later run goes on from there.
@@ -124,8 +133,20 @@ def select_neurons(
             work.forget()
         raise
     parts, silhouettes = _cluster(model, activations, scored, config)
+    if control in ("lowest", "shuffled_labels"):
+        against = scored
+        if control == "shuffled_labels":
+            mixed = shuffled_labels(labels, groups, seed=config.seed)
+            against = _score(activations, mixed, groups, config, progress, None)
+        end: End = "lowest" if control == "lowest" else "highest"
+        scored = [
+            replace(other, neurons=as_many(other.z, entry.neurons.size, end, config.side))
+            for other, entry in zip(against, scored, strict=True)
+        ]
+        n_clusters = {part.group: part.n_clusters for part in parts}
+        parts, silhouettes = _cluster(model, activations, scored, config, n_clusters)
     accuracies = [entry.accuracy for entry in scored if entry.accuracy is not None]
-    return NeuronSelection(
+    selection = NeuronSelection(
         sites=parts,
         base=fingerprint(model, [part.site for part in parts]),
         provenance={
@@ -140,6 +161,18 @@ def select_neurons(
             "skipped_sites": [entry.site.name for entry in scored if entry.neurons.size == 0],
         },
     )
+    if control is None:
+        return selection
+    if control == "random_neurons":
+        return random_neurons(selection, seed=config.seed)
+    if control == "random_clusters":
+        return random_clusters(selection, seed=config.seed)
+    provenance = {
+        **selection.provenance,
+        "control": control.replace("_", " "),
+        "control_seed": config.seed,
+    }
+    return replace(selection, provenance=provenance)
 
 
 def reclustered(
@@ -306,8 +339,9 @@ def _cluster(
     activations: Activations,
     scored: Sequence[_Scored],
     config: SelectionConfig,
+    n_clusters: Mapping[str, int] | None = None,
 ) -> tuple[tuple[SiteSelection, ...], list[float]]:
-    """Group the kept neurons, per site or per layer."""
+    """Group the kept neurons, per site or per layer; into so many clusters a group where it is given."""
     profiles = {
         entry.site.name: np.ascontiguousarray(pooled[:, entry.neurons].T)  # (N, B)
         for entry, pooled in zip(scored, activations.pooled, strict=True)
@@ -326,7 +360,12 @@ def _cluster(
         stacked = np.concatenate([profiles[entry.site.name] for entry in entries])
         limit = config.max_clusters or MAX_CLUSTERS[config.cluster_scope]
         shaped = standardised(stacked) if config.cluster_scope == "projection" else stacked
-        found = cluster_neurons(shaped, max_clusters=limit, seed=config.seed)
+        found = cluster_neurons(
+            shaped,
+            max_clusters=limit,
+            n_clusters=None if n_clusters is None else n_clusters[room],
+            seed=config.seed,
+        )
         if found.silhouette is not None:
             silhouettes.append(found.silhouette)
         first = 0

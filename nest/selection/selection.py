@@ -205,6 +205,21 @@ class NeuronSelection:
             )
         return replace(self, sites=kept)
 
+    def separated(self) -> NeuronSelection:
+        """The same neurons, each a cluster of its own: in the shared form a trainable row a neuron."""
+        parts = tuple(
+            replace(
+                part,
+                clusters=torch.arange(part.neurons.numel()),
+                group=part.site.name,
+                n_clusters=part.neurons.numel(),
+            )
+            for part in self.sites
+        )
+        return replace(
+            self, sites=parts, provenance={**self.provenance, "clusters": "one a neuron"}
+        )
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write `manifest.json` and `selection.safetensors` into a new folder.
 

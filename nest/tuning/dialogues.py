@@ -147,12 +147,22 @@ def prepare(
     Raises:
         InputError: see `encode_dialogues` and `split_validation`.
     """
-    train, validation = split_validation(
+    return course_of(
         encode_dialogues(encoder, harmful, benign=False, train_on=config.train_on),
         encode_dialogues(encoder, benign, benign=True, train_on=config.train_on),
-        share=config.validation,
-        seed=config.seed,
+        config,
     )
+
+
+def course_of(
+    harmful: Sequence[Example], benign: Sequence[Example], config: TuningConfig
+) -> tuple[list[Example], list[Example], int]:
+    """The same of dialogues that are tokens already.
+
+    Raises:
+        InputError: see `split_validation`.
+    """
+    train, validation = split_validation(harmful, benign, share=config.validation, seed=config.seed)
     n_steps = math.ceil(config.epochs * steps_per_epoch(len(train), config.batch_size))
     return train, validation, min(n_steps, config.max_steps or n_steps)
 

@@ -13,7 +13,6 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from nest.conversations.answers import Targets
 from nest.conversations.encoders import Encoder
 from nest.errors import ActivationError, InputError
 from nest.progress import ProgressCallback
@@ -24,9 +23,9 @@ from nest.tuning.checkpoints import (
     optimizer_tensors,
 )
 from nest.tuning.config import TuningConfig
-from nest.tuning.dialogues import Example, MicroBatch, epochs_of_batches, to_micro_batches
-from nest.tuning.loss import BasePredictions, tuning_loss
+from nest.tuning.dialogues import Example, epochs_of_batches, to_micro_batches
 from nest.tuning.memory import is_out_of_memory
+from nest.tuning.objective import Objective
 from nest.tuning.trainable import Trainable
 
 # A validation loss of so many times the base's does not come down again.
@@ -52,7 +51,7 @@ class StepRecord:
 
 
 class TrainingLoop:
-    """Steps, validation and the best step; the update is left at the best step.
+    """Steps, validation and the best step; the update is left at the step that its objective keeps.
 
     A step that runs out of memory is taken again in forward passes of half as many dialogues.
 
@@ -60,7 +59,7 @@ class TrainingLoop:
         encoder: For its padding.
         update: What is trained.
         optimizer: Steps it.
-        ask: The forward pass on a micro-batch.
+        objective: What is minimised.
         config: How.
         n_steps: Optimizer steps.
         micro_batch_size: Dialogues a forward pass.
@@ -69,11 +68,14 @@ class TrainingLoop:
         checkpoints: Where the state is kept now and then, and gone on from.
         met: Told of dialogues that an earlier run has put through the model together.
         gives_up: End where the validation loss rises far above the base's before it was ever below.
+        after_step: Called after each step, with the update in effect; gives the seconds it took, which
+            are none of the loop's.
 
     Attributes:
         history: The loss curve.
-        best_step: Step with the lowest validation loss; 0 means that no step beat the base.
-        best_loss: That loss.
+        best_step: The step that was kept: that with the lowest validation loss, 0 if no step beat the
+            base, or the last where the objective keeps that.
+        best_loss: Its validation loss.
         micro_batch_size: As it is now.
         n_tokens: Tokens that went through training steps, padding left out.
         seconds: Wall time of `run`.
@@ -84,7 +86,7 @@ class TrainingLoop:
         encoder: Encoder,
         update: Trainable,
         optimizer: torch.optim.Optimizer,
-        ask: Callable[[MicroBatch], Targets],
+        objective: Objective,
         config: TuningConfig,
         n_steps: int,
         *,
@@ -94,10 +96,12 @@ class TrainingLoop:
         checkpoints: Checkpoints | None = None,
         met: Callable[[Sequence[Example]], None] | None = None,
         gives_up: bool = False,
+        after_step: Callable[[], float] | None = None,
     ) -> None:
-        self.encoder, self.update, self.config, self.ask = encoder, update, config, ask
+        self.encoder, self.update, self.config, self.objective = encoder, update, config, objective
         self.n_steps, self.progress, self.warn = n_steps, progress, warn
         self._checkpoints, self._met, self._gives_up = checkpoints, met, gives_up
+        self._after_step = after_step
         # (first step, dialogues a forward pass): it shrinks when memory runs out
         self._sizes = [(0, micro_batch_size)]
         self.micro_batch_size = micro_batch_size
@@ -105,7 +109,6 @@ class TrainingLoop:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(step, n_steps, config.warmup)
         )
-        self.base = BasePredictions(ask, update)
         self.history: list[StepRecord] = []
         self.best_step, self.best_loss = 0, math.inf
         self.n_tokens, self.seconds = 0, 0.0
@@ -141,6 +144,8 @@ class TrainingLoop:
                         if losses and self._record(step - 1, fmean(losses), validation):
                             best = self.update.snapshot()
                     raise
+                if self._after_step is not None:
+                    started += self._after_step()
                 if step % self.config.validate_every == 0 or step == self.n_steps:
                     if self._record(step, fmean(losses), validation):
                         best = self.update.snapshot()
@@ -163,7 +168,7 @@ class TrainingLoop:
             "n_tokens": self.n_tokens,
             "seconds": self.seconds,
             "sizes": self._sizes,
-            "bytes_a_token": self.base.bytes_a_token,
+            **self.objective.numbers(),
         }
         optimizer = optimizer_tensors(self.optimizer)
         return TuningState(step, self.update.snapshot(), best, optimizer, numbers)
@@ -179,7 +184,7 @@ class TrainingLoop:
         self.n_tokens, self.seconds = numbers["n_tokens"], numbers["seconds"]
         self._sizes = [(first, size) for first, size in numbers["sizes"]]
         self.micro_batch_size = self._sizes[-1][1]
-        self.base.bytes_a_token = numbers["bytes_a_token"]
+        self.objective.resume(numbers)
         losses: list[float] = numbers["losses"]
         return losses
 
@@ -187,8 +192,8 @@ class TrainingLoop:
         """Take note of a step that an earlier run has done, in the order in which it was done."""
         size = next(size for first, size in reversed(self._sizes) if first <= step)
         micro_batches = to_micro_batches(examples, size, self.encoder.pad_id)
-        for micro_batch in micro_batches if self.config.kl_weight > 0 else ():
-            group = self.base.met(micro_batch)
+        for micro_batch in micro_batches:
+            group = self.objective.met(micro_batch)
             if self._met is not None and group:
                 self._met(group)
         for micro_batch in micro_batches if self._met is not None else ():
@@ -196,8 +201,8 @@ class TrainingLoop:
             self._met(micro_batch.examples)
 
     def _record(self, step: int, train_loss: float | None, validation: Sequence[Example]) -> bool:
-        """Note a validation loss; true where it is the lowest so far."""
-        loss = self._loss_in_memory(validation, backward=False)
+        """Note a validation loss; true where it is the lowest so far, or the last is kept."""
+        loss = self._loss_in_memory(validation, step, backward=False)
         # Before the first step the step itself will tell, and name the site.
         if step > 0 and not math.isfinite(loss):
             raise ActivationError(
@@ -210,14 +215,14 @@ class TrainingLoop:
             raise ActivationError(
                 f"after step {step} the validation loss is {loss:.4g}, up from {self.best_loss:.4g}. {MEND}"
             )
-        better = loss < self.best_loss
+        better = loss < self.best_loss or self.objective.keeps == "last"
         if better:
             self.best_loss, self.best_step = loss, step
         return better
 
     def _step(self, examples: Sequence[Example], step: int) -> float:
         """One optimizer step over its micro-batches; the loss before it."""
-        loss = self._loss_in_memory(examples, backward=True)
+        loss = self._loss_in_memory(examples, step - 1, backward=True)
         self._check_finite(loss, step)
         if self.config.clip > 0:
             nn.utils.clip_grad_norm_(self.update.parameters(), self.config.clip)
@@ -226,12 +231,12 @@ class TrainingLoop:
         self.n_tokens += sum(len(example.ids) for example in examples)
         return loss
 
-    def _loss_in_memory(self, examples: Sequence[Example], *, backward: bool) -> float:
+    def _loss_in_memory(self, examples: Sequence[Example], step: int, *, backward: bool) -> float:
         """`_total_loss` in passes that there is memory for."""
         while True:
             self.optimizer.zero_grad()
             try:
-                return self._total_loss(examples, backward=backward)
+                return self._total_loss(examples, step, backward=backward)
             except (RuntimeError, MemoryError) as fault:
                 if not is_out_of_memory(fault):
                     raise
@@ -250,33 +255,15 @@ class TrainingLoop:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _total_loss(self, examples: Sequence[Example], *, backward: bool) -> float:
-        """Mean loss a response token; with `backward` its gradient is gathered, too."""
-        config = self.config
+    def _total_loss(self, examples: Sequence[Example], step: int, *, backward: bool) -> float:
+        """The objective's loss; with `backward` its gradient is gathered, too."""
         micro_batches = to_micro_batches(examples, self.micro_batch_size, self.encoder.pad_id)
-        n_targets = sum(int(mb.batch.completion_mask.sum()) for mb in micro_batches)
-        base: list[Tensor] | None = None
-        if config.kl_weight > 0:
-            base = self.base.of(micro_batches)
         total = 0.0
-        grad_mode = torch.enable_grad if backward else torch.no_grad
-        for i, micro_batch in enumerate(micro_batches):
-            with grad_mode():
-                logits, targets, rows = self.ask(micro_batch)
-                benign = torch.tensor([e.benign for e in micro_batch.examples], device=rows.device)
-                has_base = base is not None and bool(micro_batch.benign_rows)
-                loss = tuning_loss(
-                    logits,
-                    targets,
-                    benign[rows],
-                    base[i].to(logits.device) if base is not None and has_base else None,
-                    benign_weight=config.benign_weight,
-                    kl_weight=config.kl_weight,
-                )
-                loss = loss / n_targets
+        with torch.set_grad_enabled(backward):
+            for loss in self.objective.losses(micro_batches, step):
                 if backward:
                     loss.backward()
-            total += float(loss.detach())
+                total += float(loss.detach())
         return total
 
     def _check_finite(self, loss: float, step: int) -> None:

@@ -27,6 +27,7 @@ from nest.tuning.config import RATE_SHARES, RELATIVE_RATE, TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, prepare
 from nest.tuning.loop import StepRecord, TrainingLoop
 from nest.tuning.memory import MemoryEstimate, estimate, is_out_of_memory, saved_bytes
+from nest.tuning.objective import Supervised
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.prefix import FrozenPrefix
 from nest.tuning.update import ClusterUpdate, trainable
@@ -72,6 +73,8 @@ def tune_update(
     warn: Callable[[str], None] = warnings.warn,
     work: Unfinished | None = None,
     checkpoint_every: Every = ONCE_A_MINUTE,
+    relative_rate: float | None = None,
+    after_step: Callable[[], float] | None = None,
 ) -> TuningResult:
     """Train a cluster update to refuse harmful prompts and to go on answering benign ones.
 
@@ -93,6 +96,9 @@ def tune_update(
         work: Keeps a checkpoint, from which the same call goes on; it ends with the same bytes as an
             undisturbed run (on the CPU; a GPU's sums may differ in their last bits).
         checkpoint_every: How often it is written.
+        relative_rate: What the rows' root mean square is multiplied with, where the config leaves the
+            learning rate open; None takes `RELATIVE_RATE`.
+        after_step: See `TrainingLoop`.
 
     Raises:
         InputError: dialogues that cannot be trained on, no memory for a single one, or no step that
@@ -132,7 +138,7 @@ def tune_update(
         memory = _memory(model, update, ask, [*train, *validation], encoder.pad_id, config)
         if notice is not None:
             notice(memory.sentence())
-        rates = _rates(update, config)
+        rates = _rates(update, config, relative_rate)
         checkpoints = None if work is None else Checkpoints(work, checkpoint_every)
         attempt = 0 if checkpoints is None else checkpoints.attempt
         while True:
@@ -141,7 +147,12 @@ def tune_update(
                 encoder,
                 update,
                 NeuronAdamW(update, lr=rate, weight_decay=config.weight_decay),
-                ask,
+                Supervised(
+                    ask,
+                    update,
+                    benign_weight=config.benign_weight,
+                    kl_weight=config.kl_weight,
+                ),
                 config,
                 n_steps,
                 micro_batch_size=memory.micro_batch_size,
@@ -150,6 +161,7 @@ def tune_update(
                 checkpoints=checkpoints,
                 met=ask.met,
                 gives_up=not is_last,
+                after_step=after_step,
             )
             stopped: ActivationError | None = None
             try:
@@ -199,11 +211,13 @@ def tune_update(
         return result
 
 
-def _rates(update: ClusterUpdate, config: TuningConfig) -> tuple[float, ...]:
+def _rates(
+    update: ClusterUpdate, config: TuningConfig, relative_rate: float | None
+) -> tuple[float, ...]:
     """The learning rates to try, one after the other; the user's own is the only one."""
     if config.learning_rate is not None:
         return (config.learning_rate,)
-    rate = RELATIVE_RATE * update.row_scale()
+    rate = (relative_rate or RELATIVE_RATE) * update.row_scale()
     return tuple(rate * share for share in RATE_SHARES)
 
 

@@ -18,7 +18,7 @@ from tiny_models import BENIGN, HARMFUL, build, choose, word_tokenizer
 
 import nest
 from nest.errors import InputError
-from nest.tuning import loop, tune
+from nest.tuning import objective, tune
 from nest.tuning.loss import BasePredictions
 from nest.tuning.prefix import FrozenPrefix
 
@@ -73,7 +73,7 @@ def model() -> Any:
 def outcomes(model: Any, seed: int, work: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of an undisturbed run, and of one that was interrupted at two steps."""
     settings, bound = case(seed)
-    monkeypatch.setattr(loop, "BasePredictions", partial(BasePredictions, bound_bytes=bound))
+    monkeypatch.setattr(objective, "BasePredictions", partial(BasePredictions, bound_bytes=bound))
     undisturbed = ended(model, **settings)
     for step in sorted(random.Random(seed).sample(range(1, settings["max_steps"]), 2)):
         with pytest.raises(KeyboardInterrupt):

@@ -420,7 +420,7 @@ def test_a_step_without_memory_is_taken_in_halves(
         return whole(logits, *args, **kwargs)
 
     expected = tuned(build().double(), learning_rate=0.02)
-    monkeypatch.setattr("nest.tuning.loop.tuning_loss", limited)
+    monkeypatch.setattr("nest.tuning.objective.tuning_loss", limited)
     with pytest.warns(UserWarning, match="out of memory: going on with"):
         result = tuned(build().double(), learning_rate=0.02)
     same_training(expected, result, 1e-4)
@@ -431,7 +431,7 @@ def test_no_memory_for_a_single_dialogue_is_said(monkeypatch: pytest.MonkeyPatch
     def never(*_args: Any, **_kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("nest.tuning.loop.tuning_loss", never)
+    monkeypatch.setattr("nest.tuning.objective.tuning_loss", never)
     model = build()
     before = state_of(model)
     with (
@@ -448,7 +448,7 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(
     def broken(*_args: Any, **_kwargs: Any) -> Any:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("nest.tuning.loop.tuning_loss", broken)
+    monkeypatch.setattr("nest.tuning.objective.tuning_loss", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         tuned(build())
 
@@ -467,7 +467,7 @@ def test_numbers_go_bad_after_good_steps_and_the_good_ones_are_kept(
             steps.append(1)
         return value * float("nan") if len(steps) > 9 else value
 
-    monkeypatch.setattr("nest.tuning.loop.tuning_loss", poisoned)
+    monkeypatch.setattr("nest.tuning.objective.tuning_loss", poisoned)
     model = build()
     before = state_of(model)
     with pytest.raises(TuningStoppedError, match=r"at step 10 .*mlp.*step 8 was good") as raised:
@@ -496,7 +496,7 @@ def test_steps_since_the_last_validation_count_among_the_good_ones(
         steps.extend([1] * value.requires_grad)
         return value * float("nan") if value.requires_grad and len(steps) > 6 else value
 
-    monkeypatch.setattr("nest.tuning.loop.tuning_loss", poisoned)
+    monkeypatch.setattr("nest.tuning.objective.tuning_loss", poisoned)
     with pytest.raises(TuningStoppedError, match=r"at step 7 .*step 6 was good") as raised:
         tuned(build(), validate_every=25)
     assert [record.step for record in raised.value.result.history] == [0, 6]
