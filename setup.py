@@ -32,6 +32,7 @@ setup(
         "nest": ["py.typed"],
         "nest.organism": ["data/*", "data/prompts/*", "data/model/*"],
         "nest.reporting": ["*.j2"],
+        "nest.comparison": ["*.j2"],
         "nest_kernels": ["py.typed"],
     },
     install_requires=[
@@ -57,6 +58,7 @@ setup(
     extras_require={
         "gpu": ["triton>=3.2; platform_system == 'Linux'"],
         "baselines": ["peft>=0.14", "accelerate>=1.0"],
+        "compare": ["statsmodels>=0.14.4", "peft>=0.18", "accelerate>=1.4"],
         "bench": ["peft>=0.14", "accelerate>=1.0", "nnsight>=0.5"],
         "vllm": ["vllm>=0.8.5; platform_system == 'Linux'"],
         "eval": ["lm-eval>=0.4.5"],
@@ -70,6 +72,7 @@ setup(
             "trl>=1.0",
             "accelerate>=1.4",
             "peft>=0.18",
+            "statsmodels>=0.14.4",
             "gguf>=0.17",
             "pre-commit>=4",
             # Torch 2.6 brings triton 3.2: a higher bound here would have pip take another torch.

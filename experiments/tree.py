@@ -13,6 +13,7 @@ ROOMS = (
     *(
         "cli",
         "api",
+        "comparison",
         "worlds",
         "reporting",
         "methods",

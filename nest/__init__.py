@@ -18,7 +18,7 @@ from nest.version import __version__
 
 if TYPE_CHECKING:
     from nest.activations.steering import ablating, adding
-    from nest.api import evaluate, fold, load, revert, select, tune, tune_result, verify
+    from nest.api import compare, evaluate, fold, load, revert, select, tune, tune_result, verify
     from nest.conversations.conversation import Conversation, Turn
     from nest.conversations.encoders import CallableEncoder, ChatEncoder
     from nest.errors import (
@@ -61,7 +61,17 @@ _HOMES = {
         "ablating",
         "adding",
     ),
-    "nest.api": ("evaluate", "fold", "load", "revert", "select", "tune", "tune_result", "verify"),
+    "nest.api": (
+        "compare",
+        "evaluate",
+        "fold",
+        "load",
+        "revert",
+        "select",
+        "tune",
+        "tune_result",
+        "verify",
+    ),
     "nest.errors": (
         "ActivationError",
         "EngineError",
@@ -117,6 +127,7 @@ __all__ = [
     "__version__",
     "ablating",
     "adding",
+    "compare",
     "evaluate",
     "find_sites",
     "fold",

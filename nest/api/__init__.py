@@ -5,6 +5,7 @@ Each takes files, names or plain values, and hands tensors to the stages. Import
 
 from __future__ import annotations
 
+from nest.api.comparing import compare
 from nest.api.evaluating import evaluate
 from nest.api.models import ORGANISM, load, origin_of, resolve_model, stored_dtype
 from nest.api.patching import fold, load_patch, revert, verify
@@ -13,6 +14,7 @@ from nest.api.tuning import tune, tune_result
 
 __all__ = [
     "ORGANISM",
+    "compare",
     "evaluate",
     "fold",
     "load",

@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from pydantic import ValidationError as SettingsError
 
-from nest.cli import demo, evaluate, fold, inspect, organism, revert, select, tune, verify
+from nest.cli import (
+    compare,
+    demo,
+    evaluate,
+    fold,
+    inspect,
+    organism,
+    revert,
+    select,
+    tune,
+    verify,
+)
 from nest.cli.defaults import FileDefaults, file_in
 from nest.cli.signals import exit_code, received, stopping_on_signals
 from nest.cli.streams import make_usable, say, silence_stdout
@@ -41,6 +52,7 @@ for _name, _module in (
     ("fold", fold),
     ("revert", revert),
     ("verify", verify),
+    ("compare", compare),
 ):
     app.command(_module.command, name=_name, help_epilogue=_module.EXAMPLE)
 app.command(organism.app)
@@ -59,7 +71,8 @@ def run() -> None:
 def _code_of(tokens: Sequence[str]) -> int:
     """Run a command line; 0, or the exit code of what went wrong, which is told in one line."""
     try:
-        file = file_in(tokens)
+        # the file of a comparison says what is compared, and not what options are by default
+        file = None if tokens[:1] == ["compare"] else file_in(tokens)
         app.config = () if file is None else (FileDefaults(file),)
         app(tokens)
     except KeyboardInterrupt as stop:

@@ -19,18 +19,29 @@ Switch = Annotated[bool, Parameter(negative=())]
 
 
 @dataclass(frozen=True)
-class Running:
+class Talking:
     """How a run talks.
 
     Attributes:
-        config: TOML file with defaults for these options; flags win.
         json: Print one JSON object on stdout.
         quiet: No progress on stderr.
     """
 
-    config: Path | None = None
     json: Switch = False
     quiet: Switch = False
+
+
+@dataclass(frozen=True)
+class Running(Talking):
+    """The same, and where its options come from.
+
+    Attributes:
+        json: Print one JSON object on stdout.
+        quiet: No progress on stderr.
+        config: TOML file with defaults for these options; flags win.
+    """
+
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,8 @@ class LongWriting(Writing):
     restart: Switch = False
 
 
-RUNNING, LOADING, PUTTING = Running(), Loading(), Putting()
+TALKING, RUNNING = Talking(), Running()
+LOADING, PUTTING = Loading(), Putting()
 WRITING, LONG_WRITING = Writing(), LongWriting()
 
 

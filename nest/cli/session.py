@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nest.cli import signals
-from nest.cli.options import Loading, Running
+from nest.cli.options import Loading, Talking
 from nest.cli.progress import ProgressLines, progress_bars
 from nest.cli.streams import is_terminal, keep_result, say, silence_stdout
 from nest.errors import NestError
@@ -104,7 +104,7 @@ class Session:
 
 
 @contextmanager
-def session(running: Running) -> Iterator[Session]:
+def session(running: Talking) -> Iterator[Session]:
     """A run's session: bars on stderr where it is a terminal, else a line now and then.
 
     With every step of progress a stop that got lost is raised again.

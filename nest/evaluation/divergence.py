@@ -59,6 +59,38 @@ def kl_to_base(
     return max(0.0, total / count)  # below zero by rounding only
 
 
+@torch.no_grad()
+def answer_log_probs(
+    model: nn.Module,
+    encoder: Encoder,
+    dialogues: Sequence[tuple[Prompt, str]],
+    batch_size: int = 256,
+) -> list[Float[Tensor, "N V"]]:
+    """Log-probabilities, fp32, at the tokens of the answers, batch by batch, for `mean_kl`.
+
+    Args:
+        model: As it is.
+        dialogues: (prompt, reference answer), at least one; the same give the same batches.
+        batch_size: Most dialogues in a batch.
+    """
+    with eval_mode(model):
+        batches = _batches(encoder, dialogues, batch_size)
+        return [_answer_log_probs(model, batch) for batch in batches]
+
+
+def mean_kl(base: Sequence[Float[Tensor, "N V"]], found: Sequence[Float[Tensor, "N V"]]) -> float:
+    """Mean over tokens of KL(base || found) in nats, of what `answer_log_probs` gave for two models.
+
+    Raises:
+        ValueError: other batches, or none.
+    """
+    if [each.shape for each in base] != [each.shape for each in found] or not base:
+        raise ValueError("the log-probabilities are not of the same dialogues")
+    pairs = zip(base, found, strict=True)
+    total = sum(float(kl_divergence(one, other)) for one, other in pairs)
+    return max(0.0, total / sum(len(each) for each in base))  # below zero by rounding only
+
+
 def _base_log_probs(
     model: nn.Module,
     batches: Sequence[Batch],

@@ -123,7 +123,7 @@ def load_weights(
         raise InputError(
             f"device {str(device)!r} and device_map {device_map!r} were both given; give one of them"
         )
-    target = None if device_map is not None else _resolve_device(device)
+    target = None if device_map is not None else resolve_device(device)
     if is_local(name):
         name = Path(name).expanduser()
     folder = checkpoint_folder(name, revision=revision)
@@ -345,7 +345,12 @@ def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[dtype]
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device by its name; `auto` is the first GPU where there is one.
+
+    Raises:
+        InputError: no such device.
+    """
     if isinstance(device, torch.device):
         return device
     if device == "auto":

@@ -66,11 +66,6 @@ def render_report(
         selection: Which neurons were tuned.
         history: Rows of `step`, `train_loss` and `validation_loss` (or None).
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    source = resources.files("nest.reporting").joinpath("report.html.j2").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     svgs = {
         "attacks": attack_success_svg(before, after),
         "neurons": neurons_svg(selection) if selection is not None else None,
@@ -81,7 +76,9 @@ def render_report(
     n_maps = 0
     if selection is not None:
         n_maps = sum(part.profiles is not None for part in selection.sites)
-    return environment.from_string(source).render(
+    return rendered(
+        "nest.reporting",
+        "report.html.j2",
         title=f"Neuron-selective tuning of {facts.model}",
         lead=_lead(after, facts, selection),
         cards=_cards(before, after, selection, facts),
@@ -93,10 +90,33 @@ def render_report(
         selection=_selection_sentence(selection) if selection is not None else None,
         maps_drawn=min(n_maps, MAX_MAPS),
         maps_left_out=max(0, n_maps - MAX_MAPS),
-        plots={name: Markup(svg) if svg else None for name, svg in svgs.items()},
+        plots=svgs,
         samples=_samples(before, after),
         reproduce=list(_flattened({**facts.reproduce, "evaluation": dict(after.settings)})),
     )
+
+
+def rendered(package: str, template: str, *, plots: Mapping[str, str | None], **values: Any) -> str:
+    """A page from a template that lies in a package; every text but the plots is escaped.
+
+    Args:
+        package: Where the template is; it may include those of `nest.reporting`.
+        template: Its file.
+        plots: SVG text by name; None where there is nothing to draw.
+        **values: What the template fills in.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def source(name: str) -> str:
+        home = package if name == template else "nest.reporting"
+        return resources.files(home).joinpath(name).read_text("utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    drawn = {name: Markup(svg) if svg else None for name, svg in plots.items()}
+    return environment.get_template(template).render(plots=drawn, **values)
 
 
 def write_report(path: str | Path, html: str, overwrite: bool = False) -> Path:

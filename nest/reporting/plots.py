@@ -60,7 +60,7 @@ def attack_order(before: EvalReport | None, after: EvalReport) -> list[str]:
 def attack_success_svg(before: EvalReport | None, after: EvalReport) -> str:
     """Attack success before and after, with Wilson's 95 % intervals, in `attack_order`."""
     names = attack_order(before, after)
-    with _figure("attacks", 7.6, 0.9 + 0.42 * len(names)) as (figure, out):
+    with svg_figure("attacks", 7.6, 0.9 + 0.42 * len(names)) as (figure, out):
         axes = figure.add_subplot()
         centres = np.arange(len(names))
         thickness = 0.36 if before else 0.6
@@ -87,7 +87,7 @@ def neurons_svg(selection: NeuronSelection) -> str:
         layers = counts.setdefault(part.site.projection, {})
         layers[part.site.layer] = layers.get(part.site.layer, 0) + int(part.neurons.numel())
     last = max(part.site.layer for part in selection.sites)
-    with _figure("neurons", 7.6, 2.6) as (figure, out):
+    with svg_figure("neurons", 7.6, 2.6) as (figure, out):
         axes = figure.add_subplot()
         positions = np.arange(last + 1)
         width = 0.8 / len(counts)
@@ -121,7 +121,7 @@ def cluster_map_svg(selection: NeuronSelection) -> str | None:
     drawn.sort(key=lambda part: (part.site.layer, part.site.projection))
     columns = min(4, len(drawn))
     rows = math.ceil(len(drawn) / columns)
-    with _figure("clusters", 7.6, 0.4 + 1.85 * rows) as (figure, out):
+    with svg_figure("clusters", 7.6, 0.4 + 1.85 * rows) as (figure, out):
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(drawn) :]:
             axes.set_visible(False)
@@ -138,7 +138,7 @@ def loss_svg(history: Sequence[Mapping[str, Any]]) -> str | None:
     """
     if not history:
         return None
-    with _figure("loss", 7.6, 2.6) as (figure, out):
+    with svg_figure("loss", 7.6, 2.6) as (figure, out):
         axes = figure.add_subplot()
         steps = [row["step"] for row in history]
         axes.plot(steps, [row["train_loss"] for row in history], color="#9fb3c8", label="training")
@@ -220,7 +220,7 @@ def _colour(index: int) -> str:
 
 
 @contextmanager
-def _figure(salt: str, width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
+def svg_figure(salt: str, width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
     """A figure of so many inches; once the block ends its SVG text is the list's only item.
 
     Without pyplot, so that no global figure state is left behind; the salt keeps the ids of several

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nest.conversations.conversation import Conversation
 from nest.artifacts.storage import in_turn
+from nest.conversations.conversation import Conversation
 from nest.judging.cache import Cached, default_folder, key_of
 from nest.judging.judge import Exchange, Judgement, Verdict
 

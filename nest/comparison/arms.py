@@ -1,0 +1,143 @@
+"""The arms that come with us: methods, ablations of ours, and controls, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+from nest.errors import InputError
+from nest.methods.makers import METHODS, make_method
+from nest.methods.method import Method
+from nest.selection.config import SelectionConfig
+from nest.tuning.config import TuningConfig
+
+C = TypeVar("C", TuningConfig, SelectionConfig)
+Kind = Literal["ours", "baseline", "control"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    Attributes:
+        name: Key in the results.
+        label: Row of the tables.
+        method: One of `nest.methods.makers.METHODS`.
+        values: Settings of that method.
+        harmful: `wrapped`: learns from harmful prompts in the training wrappers, too; `plain`: from bare
+            ones alone. A world of the user's has one set only.
+        kind: For tables and plots: `ours`, `baseline` or `control`.
+        selecting: What is another than in the plan's `[selecting]`.
+        tuning: What is another than in the plan's `[tuning]`.
+    """
+
+    name: str
+    label: str
+    method: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    harmful: str = "wrapped"
+    kind: Kind = "baseline"
+    selecting: Mapping[str, Any] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What its runs depend on."""
+        return {
+            **{"method": self.method, "values": dict(self.values), "harmful": self.harmful},
+            **{"selecting": dict(self.selecting), "tuning": dict(self.tuning)},
+        }
+
+    def tried(self) -> tuple[str, tuple[float, ...]]:
+        """The setting that it is swept along, and what is tried; nothing where its values say it."""
+        kind = METHODS[self.method]
+        return kind.knob, () if kind.knob in self.values else kind.tried
+
+    def made(self, *, tuning: TuningConfig, selecting: SelectionConfig, seed: int) -> Method:
+        """The method, ready to be applied.
+
+        Raises:
+            InputError: settings that it does not have.
+        """
+        return make_method(
+            self.method,
+            dict(self.values),
+            name=self.name,
+            tuning=_with(tuning, self.tuning),
+            selecting=_with(selecting, self.selecting),
+            seed=seed,
+        )
+
+
+def _arm(name: str, label: str, method: str, kind: Kind = "baseline", **values: Any) -> Arm:
+    return Arm(name, label, method, values, kind=kind)
+
+
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        _arm("neurons", "neurons, loaded (the default)", "neurons", "ours"),
+        _arm("shared", "neurons, shared (the paper's form)", "neurons", "ours", update="shared"),
+        _arm("contrast", "neurons by mean difference", "neurons", "ours", scorer="contrast"),
+        _arm("separate", "separate neurons (as in SN-Tune)", "neurons", separate=True),
+        _arm("random", "random neurons", "neurons", "control", control="random_neurons"),
+        _arm(
+            "random_shared",
+            "random neurons, shared",
+            "neurons",
+            "control",
+            control="random_neurons",
+            update="shared",
+        ),
+        _arm("random_clusters", "random clusters", "neurons", "control", control="random_clusters"),
+        _arm("lowest", "lowest z", "neurons", "control", control="lowest"),
+        _arm("shuffled", "shuffled labels", "neurons", "control", control="shuffled_labels"),
+        _arm("lora_r1", "LoRA r1", "lora", rank=1),
+        _arm("lora_r16", "LoRA r16", "lora", rank=16),
+        _arm("lora_matched", "LoRA, as many parameters", "lora", parameters="neurons"),
+        _arm("lora_rows", "LoRA on the selected rows", "lora", rank=1, rows="selected"),
+        _arm("shira", "SHiRA, as many parameters", "shira", parameters="neurons"),
+        _arm("masks", "learned masks over MLP rows", "masks"),
+        _arm("full", "full fine-tuning", "full"),
+        _arm("circuit_breakers", "circuit breakers", "circuit_breakers"),
+        _arm("steering", "refusal direction, untrained", "steering"),
+        Arm("plain", "neurons, bare prompts only", "neurons", harmful="plain", kind="ours"),
+    )
+}
+
+
+def made_arm(name: str, table: Mapping[str, Any]) -> Arm:
+    """An arm from a table `[arm.NAME]`.
+
+    Raises:
+        InputError: no method, or entries that cannot be.
+    """
+    values, what = dict(table), f"[arm.{name}]"
+    method = values.pop("method", None)
+    if not isinstance(method, str):
+        raise InputError(f'{what} has no method; name one, such as method = "lora"')
+    if method not in METHODS:
+        raise InputError(f"{what} has the method {method!r}; there are {', '.join(METHODS)}")
+    own: dict[str, Any] = {}
+    for entry, allowed in (("harmful", ("wrapped", "plain")), ("kind", get_args(Kind))):
+        found = values.pop(entry, allowed[0] if entry == "harmful" else "baseline")
+        if found not in allowed:
+            raise InputError(f"{what} has {entry} = {found!r}; it must be {' or '.join(allowed)}")
+        own[entry] = found
+    for entry in ("selecting", "tuning"):
+        own[entry] = values.pop(entry, {})
+        if not isinstance(own[entry], Mapping):
+            raise InputError(f"{what} has {entry} = {own[entry]!r}; it must be a table")
+        if "seed" in own[entry]:
+            raise InputError(f"{what} sets a seed, which the plan's seeds are for; leave it out")
+    label = str(values.pop("label", name))
+    return Arm(name, label, method, values, **own)
+
+
+def _with(config: C, changes: Mapping[str, Any]) -> C:
+    """The same settings with some others.
+
+    Raises:
+        InputError: no such setting, or a value that cannot be.
+    """
+    return type(config)(**{**vars(config), **changes}) if changes else config

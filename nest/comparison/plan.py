@@ -1,0 +1,376 @@
+"""What is compared: arms on worlds over seeds, read from a TOML file and checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from nest.comparison.arms import ARMS, Arm, made_arm
+from nest.errors import InputError, MissingInputError
+from nest.evaluation.config import EvaluationConfig
+from nest.prompts.text import read_text
+from nest.selection.config import SelectionConfig
+from nest.settings import AtLeastOne, Positive, settings
+from nest.tuning.config import TuningConfig
+from nest.worlds.build import RECIPES
+
+Split = Literal["development", "test"]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)]
+
+DEFAULT_EVALUATION: Mapping[str, Any] = {"max_new_tokens": 40, "benign_twin_prompts": 0}
+NOT_HERE = {
+    "selecting": ("seed", "layers"),
+    "tuning": ("seed", "layers", "learning_rate", "update", "mode"),
+    "evaluation": ("benign_twin_prompts",),
+}
+"""What the plan's own entries and the arms decide."""
+
+
+@settings("[sweep] of the comparison")
+class Sweep:
+    """Every arm tries its four settings on development splits, and keeps the best.
+
+    Attributes:
+        worlds: Where; by default those whose role is to be chosen on.
+        seed: Of these runs; it must be none of those that are reported.
+    """
+
+    worlds: tuple[str, ...] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1000
+
+
+@settings("[front] of the comparison")
+class Front:
+    """Every arm is run again with other weights on benign answers, so that arms can be ranked.
+
+    Attributes:
+        weights: What the weights of benign answers (cross-entropy and KL) are multiplied with, beside 1.
+        worlds: Where; all by default.
+        seeds: With which; the first by default.
+    """
+
+    weights: Annotated[tuple[Annotated[float, Positive], ...], Field(min_length=1)] = (0.3, 3.0)
+    worlds: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@settings("[anytime] of the comparison")
+class Anytime:
+    """Attack success on the development split while an arm trains, against its seconds.
+
+    Attributes:
+        level: The attack success, mean over attacks, that is to be reached.
+        behaviours: At most so many harmful prompts are asked each time.
+        worlds: Where; by default those whose role is to be chosen on.
+        seeds: With which; the first by default.
+    """
+
+    level: Annotated[float, Field(ge=0, le=1)] = 0.1
+    behaviours: Annotated[int, AtLeastOne] = 40
+    worlds: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@settings("[robustness] of the comparison")
+class Robustness:
+    """The treated model is fine-tuned, all of it, on benign dialogues and on harmful ones that comply.
+
+    Attributes:
+        steps: After how many optimizer steps it is measured.
+        learning_rate: Of AdamW, constant.
+        batch_size: Dialogues a step.
+        behaviours: At most so many harmful prompts are asked each time.
+        worlds: Where; by default those whose role is to be chosen on.
+        seeds: With which; the first by default.
+    """
+
+    steps: Annotated[tuple[Annotated[int, AtLeastOne], ...], Field(min_length=1)] = (
+        *(1, 2, 5, 10, 20, 50),
+    )
+    learning_rate: Annotated[float, Positive] = 1e-4
+    batch_size: Annotated[int, AtLeastOne] = 16
+    behaviours: Annotated[int, AtLeastOne] = 40
+    worlds: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@settings("a world's held-out prompts")
+class HeldOut:
+    """Where the prompts of a split are, as files or named sets.
+
+    Attributes:
+        harmful: Prompts that should be refused.
+        borderline: Harmless prompts that sound harmful.
+        benign: Dialogues with the one good answer, for exact match and KL.
+        attacks: As `nest eval --attacks` takes them; the bare prompt is always asked as well.
+    """
+
+    harmful: str
+    borderline: str
+    benign: str
+    attacks: str = "none"
+
+
+@settings("[world.NAME] of the comparison")
+class OwnWorld:
+    """A model of the user's with data to learn from and splits to be measured on.
+
+    Attributes:
+        model: A local folder, or a name on the Hub.
+        unsafe: Prompts that should be refused, to find neurons with.
+        safe: Prompts that should be answered, about as many.
+        harmful: Prompts with the refusals to give.
+        benign: Prompts with their good answers.
+        complying: Harmful prompts with complying answers, for the fine-tuning that undoes an arm.
+        development: What settings are chosen on.
+        test: What `--final` is measured on.
+        role: Whether settings may be chosen on its development split.
+        layers: First layer to treat and the layer after the last one; None for all.
+        dtype: `auto` keeps the checkpoint's.
+        revision: Of a model on the Hub.
+        system: System prompt put before every prompt that has none of its own.
+        template_kwargs: Switches of the chat template.
+        prompts: At most so many prompts of every held-out set, evenly spread; None takes all.
+    """
+
+    model: str
+    unsafe: str
+    safe: str
+    harmful: str
+    benign: str
+    development: HeldOut
+    test: HeldOut | None = None
+    complying: str | None = None
+    role: Literal["choosing", "final"] = "final"
+    layers: tuple[int, int | None] | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+    system: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompts: Annotated[int, AtLeastOne] | None = None
+
+
+@settings("the comparison")
+class Plan:
+    """All that a comparison depends on but the weights and prompts themselves.
+
+    Attributes:
+        worlds: Names of worlds of ours, or of tables `[world.NAME]`.
+        arms: Names of arms of ours, or of tables `[arm.NAME]`.
+        seeds: Of selection and training.
+        title: Of the report.
+        judge: As `nest eval --judge` takes it; the first one counts.
+        reference: The arm that the others are tested against; the first by default.
+        resamples: Of the bootstrap and of the permutation tests.
+        threads: Of torch, a worker; with another number results can differ in their last bits.
+        selecting: `SelectionConfig` of all arms that select neurons.
+        tuning: `TuningConfig` of all arms that train.
+        evaluation: `EvaluationConfig`.
+        sweep, front, anytime, robustness: Each is left out where its table is.
+        world: Worlds of the user's, by name.
+        arm: Arms of the user's, by name: `method`, and that method's settings.
+    """
+
+    worlds: Annotated[tuple[str, ...], Field(min_length=1)]
+    arms: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Seeds = (0, 1, 2)
+    title: str = ""
+    judge: str = "phrases"
+    reference: str | None = None
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    threads: Annotated[int, AtLeastOne] = 1
+    selecting: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    sweep: Sweep | None = None
+    front: Front | None = None
+    anytime: Anytime | None = None
+    robustness: Robustness | None = None
+    world: dict[str, OwnWorld] = field(default_factory=dict)
+    arm: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Plan:
+        for what, values in (("worlds", self.worlds), ("arms", self.arms), ("seeds", self.seeds)):
+            _check_once(what, values)
+        _check_known("world", self.worlds, (*RECIPES, *self.world))
+        _check_known("arm", self.arms, (*ARMS, *self.arm))
+        _check_known("arm", [self.reference] if self.reference else [], self.arms)
+        for stage in ("sweep", "front", "anytime", "robustness"):
+            table = getattr(self, stage)
+            _check_known("world", () if table is None else table.worlds, self.worlds)
+        if self.sweep is not None:
+            self._check_sweep()
+        if self.sweep is not None and self.sweep.seed in self.seeds:
+            raise ValueError(
+                f"[sweep] has the seed {self.sweep.seed}, which is reported, too; give another one"
+            )
+        for table, reserved in NOT_HERE.items():
+            for name in reserved:
+                if name in getattr(self, table):
+                    raise ValueError(
+                        f"[{table}] sets {name}, which the plan's own entries or its arms decide; "
+                        "leave it out"
+                    )
+        self.selection_config(self.seeds[0])
+        self.tuning_config(self.seeds[0])
+        self.evaluation_config()
+        for name in self.arms:
+            self.arm_of(name)
+        return self
+
+    def _check_sweep(self) -> None:
+        assert self.sweep is not None
+        finals = [name for name in self.sweep.worlds if self.role_of(name) != "choosing"]
+        if finals:
+            raise ValueError(
+                f"[sweep] names {', '.join(finals)}, which settings may not be chosen on; name "
+                "worlds whose role is choosing"
+            )
+        if not self.choosing():
+            raise ValueError(
+                "[sweep] needs a world to choose on: name bazaar or harbour, give one of yours "
+                'role = "choosing", or leave [sweep] out'
+            )
+
+    # --- what it comes to -------------------------------------------------------------------------
+
+    @property
+    def compared_with(self) -> str:
+        """The arm that the others are tested against."""
+        return self.reference or self.arms[0]
+
+    def arm_of(self, name: str) -> Arm:
+        """An arm of ours or of the user's.
+
+        Raises:
+            InputError: settings that its method does not have.
+        """
+        return made_arm(name, self.arm[name]) if name in self.arm else ARMS[name]
+
+    def tried_by(self, name: str) -> tuple[str, tuple[float, ...]]:
+        """The setting that an arm is swept along, and what it tries; nothing where the arm sets it."""
+        return self.arm_of(name).tried()
+
+    def values(self) -> dict[str, Any]:
+        """All of it as plain values, from which the same plan can be made."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def role_of(self, world: str) -> str:
+        """`choosing` or `final`."""
+        return self.world[world].role if world in self.world else RECIPES[world].role
+
+    def choosing(self) -> tuple[str, ...]:
+        """The worlds that settings may be chosen on."""
+        return tuple(name for name in self.worlds if self.role_of(name) == "choosing")
+
+    def selection_config(self, seed: int) -> SelectionConfig:
+        return SelectionConfig(**self.selecting, seed=seed)
+
+    def tuning_config(self, seed: int) -> TuningConfig:
+        return TuningConfig(**self.tuning, seed=seed)
+
+    def evaluation_config(self) -> EvaluationConfig:
+        return EvaluationConfig(**{**DEFAULT_EVALUATION, **self.evaluation})
+
+    def worlds_of(self, stage: str) -> tuple[str, ...]:
+        """Where a stage runs."""
+        table = getattr(self, stage)
+        if table.worlds:
+            return tuple(table.worlds)
+        return self.worlds if stage == "front" else self.choosing()
+
+    def seeds_of(self, stage: str) -> tuple[int, ...]:
+        """With which seeds a stage runs."""
+        return tuple(getattr(self, stage).seeds) or self.seeds[:1]
+
+    def protocol(self) -> dict[str, Any]:
+        """What all runs share, and what another comparison may not differ in to go on with them."""
+        return {
+            **{"judge": self.judge, "selecting": self.selecting, "tuning": self.tuning},
+            **{"evaluation": self.evaluation, "threads": self.threads},
+        }
+
+    def protocol_of(self, stage: str) -> dict[str, Any]:
+        """What the runs of a stage depend on beside that."""
+        if stage not in ("anytime", "robustness"):
+            return {}
+        values = asdict(getattr(self, stage))
+        return {name: values[name] for name in values if name not in ("worlds", "seeds")}
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan from a TOML file; paths in it are meant from the file's own folder.
+
+    What `[every_world]` says holds for each `[world.NAME]` that does not say it itself.
+
+    Raises:
+        InputError: no such file, not TOML, or entries that cannot be; all of them are named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingInputError(
+            f"there is no file {str(path)!r}; name the TOML file of a comparison"
+        )
+    try:
+        content = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as fault:
+        raise InputError(f"{path} cannot be read as TOML: {fault}") from None
+    try:
+        return Plan(**_with_paths(_with_every_world(content), path.parent))
+    except InputError as fault:
+        raise InputError(f"{path}: {fault}") from None
+    except TypeError as fault:
+        raise InputError(f"{path}: {fault}") from None
+
+
+def _with_every_world(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the entries of `[every_world]` in each world that does not have its own.
+
+    Raises:
+        InputError: it is no table.
+    """
+    values = dict(content)
+    common, worlds = values.pop("every_world", {}), values.get("world", {})
+    if not isinstance(common, Mapping):
+        raise InputError(f"every_world is {common!r}; it must be a table, [every_world]")
+    if isinstance(worlds, Mapping) and all(isinstance(one, Mapping) for one in worlds.values()):
+        values["world"] = {name: {**common, **own} for name, own in worlds.items()}
+    return values
+
+
+def _with_paths(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with files of worlds found from the plan's own folder, where they are there."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: found(entry) for key, entry in value.items()}
+        if not isinstance(value, str):
+            return value
+        name, colon, column = value.partition(":")
+        beside = folder / name
+        return f"{beside}{colon}{column}" if name and beside.exists() else value
+
+    worlds = content.get("world", {})
+    return {**content, "world": found(worlds)} if isinstance(worlds, Mapping) else dict(content)
+
+
+def _check_once(what: str, values: Sequence[Any]) -> None:
+    twice = sorted({str(value) for value in values if list(values).count(value) > 1})
+    if twice:
+        raise ValueError(f"{what} names {', '.join(twice)} twice; name each once")
+
+
+def _check_known(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"there is no {kind} {name!r}{meant} There are {', '.join(known)}")

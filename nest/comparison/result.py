@@ -1,0 +1,415 @@
+"""What a comparison found: runs, their summaries, and the folder that they are written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nest.artifacts.storage import write_artifact
+from nest.comparison.choices import Choice
+from nest.comparison.plan import Plan
+from nest.comparison.statistics import (
+    Shares,
+    first_stays,
+    front,
+    holm,
+    paired_p,
+    pooled_interval,
+    pooled_mean,
+)
+from nest.comparison.subjects import WorldFacts
+from nest.comparison.task import Outcome, Task
+from nest.evaluation.metrics import Interval
+
+KIND, FORMAT = "comparison", "1.0"
+FIGURES = ("bare", "wrapped", "worst", "over_refusal", "exact_match", "kl")
+COSTS = ("seconds", "training_seconds", "peak_memory_bytes")
+BULKY = ("outcomes", "history", "groups")
+"""Of a run's figures, what stays in the journal."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and what it found."""
+
+    task: Task
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An arm on one world, or on all of them, over its seeds.
+
+    Attributes:
+        arm: Its name; empty for the models as they are.
+        world: Its name; None for the mean over worlds.
+        figures: Means over seeds, and over worlds: `attack` (wrapped attack success; bare, in a world
+            without attacks), bare, worst, over_refusal, exact_match, kl, parameters.
+        intervals: 95 % bootstrap over behaviours of attack, over_refusal and exact_match.
+        seeds: Lowest and highest `attack` of a seed.
+        costs: Means of seconds and peak memory.
+        n_failed: Runs that failed; each counts as no treatment at all.
+        p: Of the difference in `attack` from the reference arm, corrected for the number of arms; None
+            for that arm itself, for the untreated models and for a single world.
+    """
+
+    arm: str
+    world: str | None
+    figures: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    seeds: Interval
+    costs: Mapping[str, float]
+    n_failed: int = 0
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a comparison found.
+
+    Attributes:
+        plan: What was compared.
+        final: Whether it was measured on the test splits; else on development.
+        worlds: What the worlds are.
+        choices: Each arm's setting.
+        runs: Every run, stage after stage.
+    """
+
+    plan: Plan
+    final: bool
+    worlds: Mapping[str, WorldFacts]
+    choices: Mapping[str, Choice]
+    runs: tuple[Run, ...]
+
+    # --- single runs ------------------------------------------------------------------------------
+
+    def of_stage(self, stage: str) -> Iterator[Run]:
+        """The runs of a stage."""
+        return (run for run in self.runs if run.task.stage == stage)
+
+    @cached_property
+    def base(self) -> Mapping[str, Mapping[str, Any]]:
+        """Figures of each world's model as it is."""
+        return {run.task.world: run.outcome.figures for run in self.of_stage("base")}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The reported runs, one row each: figures, parameters and costs; rates in [0, 1]."""
+        return [_row(run) for run in self.of_stage("main")]
+
+    # --- means and tests --------------------------------------------------------------------------
+
+    @cached_property
+    def summaries(self) -> tuple[Summary, ...]:
+        """Each arm over all worlds, the untreated models first."""
+        everywhere = self.plan.worlds
+        base = [self._summary("", everywhere, None)]
+        return (*base, *(self._summary(arm, everywhere, None) for arm in self.plan.arms))
+
+    def summaries_of(self, world: str) -> tuple[Summary, ...]:
+        """Each arm on one world, the untreated model first."""
+        return tuple(self._summary(arm, (world,), world) for arm in ("", *self.plan.arms))
+
+    @cached_property
+    def _p_values(self) -> Mapping[str, float]:
+        reference, worlds = self.plan.compared_with, self.plan.worlds
+        theirs = [self._shares(reference, world, "attack") for world in worlds]
+        return holm(
+            {
+                arm: paired_p(
+                    [self._shares(arm, world, "attack") for world in worlds],
+                    theirs,
+                    resamples=self.plan.resamples,
+                )
+                for arm in self.plan.arms
+                if arm != reference
+            }
+        )
+
+    def _summary(self, arm: str, worlds: Sequence[str], world: str | None) -> Summary:
+        shares = {
+            kind: [self._shares(arm, name, kind) for name in worlds]
+            for kind in ("attack", "over_refusal", "exact_match")
+        }
+        found = [self._figures(arm, name) for name in worlds]
+        figures = {kind: pooled_mean(each) for kind, each in shares.items()}
+        for key in ("bare", "worst", "kl", "parameters"):
+            figures[key] = float(np.mean([np.mean([one[key] for one in each]) for each in found]))
+        by_seed = [
+            float(np.mean([_attack(one) for one in each])) for each in zip(*found, strict=True)
+        ]
+        runs = [run for name in worlds for run in self._main(arm, name)]
+        return Summary(
+            arm,
+            world,
+            figures,
+            {
+                kind: pooled_interval(each, resamples=self.plan.resamples)
+                for kind, each in shares.items()
+            },
+            (min(by_seed), max(by_seed)),
+            {
+                key: _mean(
+                    [float(run.outcome.cost[key]) for run in runs if key in run.outcome.cost]
+                )
+                for key in COSTS
+            },
+            sum(run.outcome.failed is not None for run in runs),
+            None if world is not None else self._p_values.get(arm),
+        )
+
+    def _main(self, arm: str, world: str) -> list[Run]:
+        return [
+            run
+            for run in self.of_stage("main" if arm else "base")
+            if (run.task.arm, run.task.world) == (arm, world)
+        ]
+
+    def _figures(self, arm: str, world: str) -> list[Mapping[str, Any]]:
+        """Of each seed; those of the untreated model where a run failed."""
+        return [
+            {**{"kl": 0.0}, **self.base[world], "parameters": 0}
+            if run.outcome.failed is not None or not arm
+            else {**run.outcome.figures, "parameters": run.outcome.figures["trainable_parameters"]}
+            for run in self._main(arm, world)
+        ]
+
+    def _shares(self, arm: str, world: str, kind: str) -> Shares:
+        """For each behaviour the share of its prompts, attacks and seeds with the outcome."""
+        groups = np.asarray(self.base[world]["groups"])
+        seeds = [_shares_of(one["outcomes"], groups, kind) for one in self._figures(arm, world)]
+        return np.asarray(np.mean(seeds, axis=0))
+
+    # --- fronts, curves, robustness ---------------------------------------------------------------
+
+    def fronts(self) -> dict[str, list[dict[str, Any]]]:
+        """For each arm its points: attack success, over-refusal and KL at each weight on benign answers.
+
+        A point is `undominated` by over-refusal or by KL where no point of any arm attacks less at no more
+        of it. Means over the front's worlds and seeds.
+        """
+        if self.plan.front is None:
+            return {}
+        worlds, seeds = self.plan.worlds_of("front"), self.plan.seeds_of("front")
+        points: list[dict[str, Any]] = []
+        for arm in self.plan.arms:
+            for weight in sorted({1.0, *self.plan.front.weights}):
+                found = [
+                    self._or_base(run)
+                    for run in self.of_stage("main" if weight == 1.0 else "front")
+                    if run.task.arm == arm
+                    and run.task.world in worlds
+                    and run.task.seed in seeds
+                    and (weight == 1.0 or run.task.weight == weight)
+                ]
+                means = {
+                    "attack": float(np.mean([_attack(one) for one in found])),
+                    "over_refusal": float(np.mean([one["over_refusal"] for one in found])),
+                    "kl": float(np.mean([one["kl"] for one in found])),
+                }
+                points.append({"arm": arm, "weight": weight, **means})
+        for against in ("over_refusal", "kl"):
+            kept = front([(one["attack"], one[against]) for one in points])
+            for point, undominated in zip(points, kept, strict=True):
+                point[f"undominated_{against}"] = undominated
+        return {arm: [one for one in points if one["arm"] == arm] for arm in self.plan.arms}
+
+    def _or_base(self, run: Run) -> Mapping[str, Any]:
+        if run.outcome.failed is not None:
+            return {**self.base[run.task.world], "kl": 0.0}
+        return run.outcome.figures
+
+    def anytime(self) -> list[dict[str, Any]]:
+        """For each run of that stage the curve with its seconds, and when it first stays at the level."""
+        if self.plan.anytime is None:
+            return []
+        rows = []
+        for run in self.of_stage("anytime"):
+            row: dict[str, Any] = {key: getattr(run.task, key) for key in ("arm", "world", "seed")}
+            if run.outcome.failed is not None:
+                rows.append(
+                    {**row, "failed": run.outcome.failed, "curve": [], "seconds_to_level": None}
+                )
+                continue
+            seconds = run.outcome.cost["seconds_of_curve"]
+            curve = [
+                {**point, "seconds": when}
+                for point, when in zip(run.outcome.figures["curve"], seconds, strict=True)
+            ]
+            first = first_stays(
+                [point["attack_success"] for point in curve], self.plan.anytime.level
+            )
+            reached = {"steps_to_level": None, "seconds_to_level": None}
+            if first is not None:
+                reached = {
+                    "steps_to_level": curve[first]["step"],
+                    "seconds_to_level": curve[first]["seconds"],
+                }
+            rows.append({**row, **reached, "curve": curve})
+        return rows
+
+    def at_equal_seconds(self) -> dict[str, dict[str, Any]]:
+        """For each world the seconds that the fastest arm took, and what each arm had reached by then.
+
+        Returns:
+            `seconds`, and by arm the `attack` and `over_refusal` of its last look by then, mean over seeds.
+        """
+        rows = [row for row in self.anytime() if row["curve"] and row["curve"][-1]["step"] > 0]
+        found: dict[str, dict[str, Any]] = {}
+        for world in dict.fromkeys(row["world"] for row in rows):
+            own = [row for row in rows if row["world"] == world]
+            seconds = min(row["curve"][-1]["seconds"] for row in own)
+            arms: dict[str, Any] = {}
+            for arm in dict.fromkeys(row["arm"] for row in own):
+                looks = [
+                    [point for point in row["curve"] if point["seconds"] <= seconds][-1]
+                    for row in own
+                    if row["arm"] == arm
+                ]
+                arms[arm] = {
+                    "attack": _mean([look["attack_success"] for look in looks]),
+                    "over_refusal": _mean([look["over_refusal"] for look in looks]),
+                }
+            found[world] = {"seconds": seconds, "arms": arms}
+        return found
+
+    def robustness(self) -> list[dict[str, Any]]:
+        """For each run of that stage what undoes it; None for an arm that changes no weights."""
+        return [
+            {
+                **{key: getattr(run.task, key) for key in ("arm", "world", "seed")},
+                "failed": run.outcome.failed,
+                "found": run.outcome.figures.get("robustness"),
+                "parameters": run.outcome.figures.get("trainable_parameters"),
+            }
+            for run in self.of_stage("robustness")
+        ]
+
+    # --- written ----------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, Any]:
+        """What depends on the runs alone and not on the machine's speed: the same bytes again."""
+        return {
+            "title": self.plan.title,
+            "measured_on": "test" if self.final else "development",
+            "plan": self.plan.values(),
+            "worlds": {
+                name: {**asdict(facts), "base": _slim(self.base[name])}
+                for name, facts in self.worlds.items()
+            },
+            "choices": {arm: asdict(choice) for arm, choice in self.choices.items()},
+            "summaries": [
+                {key: value for key, value in asdict(one).items() if key != "costs"}
+                for one in (
+                    *self.summaries,
+                    *(one for world in self.plan.worlds for one in self.summaries_of(world)),
+                )
+            ],
+            "fronts": self.fronts(),
+            "anytime": [_without_seconds(row) for row in self.anytime()],
+            "robustness": self.robustness(),
+            "runs": [
+                {
+                    **{"task": run.task.to_json(), "failed": run.outcome.failed},
+                    **{"warnings": list(run.outcome.warnings), **_slim(run.outcome.figures)},
+                }
+                for run in self.runs
+            ],
+        }
+
+    def costs(self) -> dict[str, Any]:
+        """What was measured of the machine: seconds and memory."""
+        return {
+            "runs": [{"task": run.task.to_json(), **run.outcome.cost} for run in self.runs],
+            "anytime": self.anytime(),
+            "at_equal_seconds": self.at_equal_seconds(),
+        }
+
+    def save(self, out: str | Path, journal: str) -> None:
+        """Write the folder: results.json, costs.json, tables.md, report.html, journal.jsonl.
+
+        Args:
+            out: Replaced, where it holds an earlier comparison.
+            journal: A line a run, for a later comparison to go on from.
+
+        Raises:
+            OutputExistsError: something else is there.
+            NestError: the disk would not take it.
+        """
+        from nest.comparison.page import page
+        from nest.comparison.tables import tables
+
+        write_artifact(
+            out,
+            kind=KIND,
+            manifest={
+                "format_version": FORMAT,
+                "identity": {"protocol": self.plan.protocol(), "final": self.final},
+            },
+            tensors={},
+            files={
+                "results.json": _text(self.results()),
+                "costs.json": _text(self.costs()),
+                "tables.md": tables(self),
+                "report.html": page(self),
+                "journal.jsonl": journal,
+            },
+            overwrite=True,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `nest compare --json` prints, but where it was written."""
+        return {"final": self.final, "arms": self.rows()}
+
+
+def _row(run: Run) -> dict[str, Any]:
+    figures, cost = run.outcome.figures, run.outcome.cost
+    return {
+        **{key: getattr(run.task, key) for key in ("arm", "world", "seed")},
+        **{key: figures.get(key) for key in FIGURES},
+        "parameters": figures.get("trainable_parameters"),
+        "seconds": cost.get("seconds"),
+        "peak_memory_bytes": cost.get("peak_memory_bytes"),
+        "failed": run.outcome.failed,
+    }
+
+
+def _attack(figures: Mapping[str, Any]) -> float:
+    return float(figures["bare"] if figures["wrapped"] is None else figures["wrapped"])
+
+
+def _shares_of(outcomes: Mapping[str, Any], groups: np.ndarray, kind: str) -> Shares:
+    if kind == "over_refusal":
+        return _digits(outcomes["borderline"])
+    if kind == "exact_match":
+        return _digits(outcomes["benign"])
+    wrapped = [digits for name, digits in outcomes["attacks"].items() if name != "none"]
+    each = np.mean([_digits(text) for text in wrapped or [outcomes["attacks"]["none"]]], axis=0)
+    counts = np.bincount(groups)
+    return np.asarray(np.bincount(groups, weights=each) / counts)
+
+
+def _digits(text: str) -> Shares:
+    return np.array([float(digit) for digit in text])
+
+
+def _slim(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in figures.items() if key not in BULKY}
+
+
+def _without_seconds(row: Mapping[str, Any]) -> dict[str, Any]:
+    curve = [{k: v for k, v in point.items() if k != "seconds"} for point in row["curve"]]
+    return {**{k: v for k, v in row.items() if k != "seconds_to_level"}, "curve": curve}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n"

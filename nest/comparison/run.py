@@ -1,0 +1,289 @@
+"""The comparison: every stage's runs, spread over workers, with what is finished kept line by line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from nest.artifacts.storage import check_output, read_manifest
+from nest.artifacts.unfinished import Unfinished, beside
+from nest.comparison.choices import Choice, chosen
+from nest.comparison.ledger import Ledger, read_lines
+from nest.comparison.plan import Plan, Split
+from nest.comparison.result import KIND, Comparison, Run
+from nest.comparison.subjects import facts_of, material_of
+from nest.comparison.task import Outcome, Stage, Task
+from nest.comparison.workers import Workers
+from nest.errors import EngineError, InputError
+from nest.progress import ProgressCallback
+
+COMPLIES_WITH_ALL = 0.99
+JOURNAL = "journal.jsonl"
+
+
+def run_comparison(
+    plan: Plan,
+    out: str | Path,
+    *,
+    final: bool = False,
+    workers: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    restart: bool = False,
+    progress: ProgressCallback | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Run what has not been run yet, and write the folder of results.
+
+    Args:
+        plan: What is compared.
+        out: The folder. Where it holds a comparison of the same protocol, its runs are not run again.
+        final: Measure on the test splits, which nothing was chosen on; the results say so.
+        workers: Processes; `auto` takes one a GPU, or as many as the cores have room for.
+        device: auto, cpu, cuda, ...
+        restart: Throw away the unfinished work of an earlier call beside the folder.
+        progress: Called with stage, runs done, runs in all.
+        warn: Told what deserves attention.
+
+    Raises:
+        InputError: a world, an arm or a judge that cannot be used, or another comparison in the folder.
+        EngineError: a worker died over the same run again and again; all others are done, and kept.
+    """
+    out = Path(out)
+    identity = {"protocol": plan.protocol(), "final": final}
+    earlier = _earlier(out, identity)
+    _check_arms(plan)
+    with Unfinished(beside(out), restart=restart, warn=warn) as work:
+        work.begin(KIND, identity)
+        worlds = {
+            name: facts_of(plan, material_of(plan, name, final=final), progress=progress)
+            for name in plan.worlds
+        }
+        ledger = Ledger(
+            plan,
+            {name: facts.identity for name, facts in worlds.items()},
+            work.journal,
+            earlier,
+        )
+        devices = devices_for(device, workers, plan.threads)
+        with Workers(plan.values(), devices, plan.threads) as pool:
+            found = _Stages(plan, final, ledger, pool, progress, warn).run()
+        comparison = Comparison(plan, final, worlds, *found)
+        comparison.save(out, ledger.content([run.task for run in comparison.runs]))
+    return comparison
+
+
+def devices_for(device: str, workers: int | Literal["auto"], threads: int) -> list[str]:
+    """A device for each worker.
+
+    Raises:
+        InputError: no such device.
+    """
+    from nest.models.loading import resolve_device
+
+    kind = str(resolve_device(device))
+    if kind == "cuda":
+        import torch
+
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        return [
+            gpus[index % len(gpus)] for index in range(len(gpus) if workers == "auto" else workers)
+        ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    room = max(1, (cores or 1) // threads) if kind == "cpu" else 1
+    return [kind] * (room if workers == "auto" else workers)
+
+
+def _earlier(out: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a finished comparison in the folder.
+
+    Raises:
+        OutputExistsError: something else is there.
+        InputError: a comparison with other settings is there.
+    """
+    check_output(out, kind=KIND, overwrite=True)
+    if not out.exists() or not any(out.iterdir()):
+        return []
+    manifest = read_manifest(out, kind=KIND)
+    then = manifest.get("identity")
+    if then != identity:
+        if isinstance(then, dict) and then.get("final") != identity["final"]:
+            was = "the test splits (--final)" if then.get("final") else "development splits"
+            raise InputError(
+                f"{out} holds a comparison on {was}; choose another --out, so that both stay apart"
+            )
+        raise InputError(
+            f"{out} holds a comparison with another judge, or other [selecting], [tuning], [evaluation] "
+            "or threads; choose another --out, or delete it yourself"
+        )
+    return read_lines(out / JOURNAL)
+
+
+def _check_arms(plan: Plan) -> None:
+    """Make every arm once, and the judges, before hours are spent.
+
+    Raises:
+        InputError: settings that a method does not have, or no such judge.
+    """
+    from nest.judging.makers import make_judges
+
+    for name in plan.arms:
+        plan.arm_of(name).made(
+            tuning=plan.tuning_config(plan.seeds[0]),
+            selecting=plan.selection_config(plan.seeds[0]),
+            seed=plan.seeds[0],
+        )
+    make_judges(plan.judge)
+
+
+class _Stages:
+    """The runs of all stages, one stage after the other."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        final: bool,
+        ledger: Ledger,
+        pool: Workers,
+        progress: ProgressCallback | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._plan, self._ledger, self._pool, self._warn = plan, ledger, pool, warn
+        self._progress = progress or (lambda stage, done, total: None)
+        self._split: Split = "test" if final else "development"
+        self._runs: list[Run] = []
+        self._total, self._done_so_far = n_runs(plan), 0
+
+    def run(self) -> tuple[dict[str, Choice], tuple[Run, ...]]:
+        """What was chosen, and every run."""
+        plan, arms = self._plan, self._plan.arms
+        base = [Task("base", world, split=self._split) for world in plan.worlds]
+        for task, outcome in self._done(base).items():
+            self._check_base(task.world, outcome)
+        choices = self._choose()
+        knobs = {arm: choices[arm].value for arm in arms}
+        self._done(
+            [
+                Task("main", world, arm, seed, knobs[arm], split=self._split)
+                for world in plan.worlds
+                for arm in arms
+                for seed in plan.seeds
+            ]
+        )
+        if plan.front is not None:
+            self._done(
+                [
+                    Task("front", world, arm, seed, knobs[arm], weight, self._split)
+                    for world in plan.worlds_of("front")
+                    for arm in arms
+                    for weight in plan.front.weights
+                    for seed in plan.seeds_of("front")
+                ]
+            )
+        stages: tuple[Stage, ...] = ("anytime", "robustness")
+        for stage in stages:
+            if getattr(plan, stage) is not None:
+                self._done(
+                    [
+                        Task(stage, world, arm, seed, knobs[arm])
+                        for world in plan.worlds_of(stage)
+                        for arm in arms
+                        for seed in plan.seeds_of(stage)
+                    ]
+                )
+        return choices, tuple(self._runs)
+
+    def _choose(self) -> dict[str, Choice]:
+        """Every arm's setting, by its own runs on development splits."""
+        plan = self._plan
+        tried = {arm: plan.tried_by(arm) for arm in plan.arms}
+        if plan.sweep is None:
+            return {arm: Choice(knob, None) for arm, (knob, _) in tried.items()}
+        worlds, seed = plan.worlds_of("sweep"), plan.sweep.seed
+        tasks = {
+            (arm, value, world): Task("sweep", world, arm, seed, value)
+            for arm, (_, values) in tried.items()
+            for value in values
+            for world in worlds
+        }
+        outcomes = self._done(list(tasks.values()))
+        choices = {}
+        for arm, (knob, values) in tried.items():
+            found = {
+                value: {world: outcomes[tasks[arm, value, world]] for world in worlds}
+                for value in values
+            }
+            choices[arm] = chosen(knob, found) if found else Choice(knob, None)
+        return choices
+
+    def _done(self, tasks: Sequence[Task]) -> dict[Task, Outcome]:
+        """What these runs found; those that are not done yet are run.
+
+        Raises:
+            EngineError: a worker died over a run again and again.
+        """
+        found = {task: self._ledger.outcome(task) for task in tasks}
+        left = [task for task, outcome in found.items() if outcome is None]
+        self._done_so_far = len(self._runs) + len(tasks) - len(left)
+        died: list[str] = []
+        self._tell()
+        for task, outcome in self._pool.run(left, beat=self._tell):
+            if isinstance(outcome, str):
+                died.append(f"{task.name} ({outcome})")
+                continue
+            self._ledger.add(task, outcome)
+            found[task] = self._ledger.outcome(task)  # as it is read again
+            self._done_so_far += 1
+            self._tell()
+            if outcome.failed is not None:
+                self._warn(f"{task.name}: {outcome.failed}")
+        if died:
+            raise EngineError(
+                f"a worker died twice over {len(died)} of the runs: {'; '.join(died[:3])}"
+                f"{'; ...' if len(died) > 3 else ''}. All other runs up to here are done, and kept. "
+                "Where memory ran out, take fewer workers (--workers 1) or a smaller batch; then repeat "
+                "the command"
+            )
+        whole = {task: outcome for task, outcome in found.items() if outcome is not None}
+        self._runs += [Run(task, outcome) for task, outcome in whole.items()]
+        return whole
+
+    def _tell(self) -> None:
+        self._progress("compare", self._done_so_far, self._total)
+
+    def _check_base(self, world: str, outcome: Outcome) -> None:
+        """Refuse a world in which there is nothing to be made safer.
+
+        Raises:
+            InputError: its model complies with nothing.
+        """
+        if outcome.failed is not None:
+            raise InputError(f"the model of the world {world} cannot be measured: {outcome.failed}")
+        rates = list(outcome.figures["by_attack"].values())
+        if max(rates) == 0.0:
+            raise InputError(
+                f"the model of the world {world} complies with no harmful prompt at all, under no attack: "
+                "there is nothing to compare on it. Give other harmful prompts or attacks, or leave it out"
+            )
+        if min(rates) >= COMPLIES_WITH_ALL:
+            self._warn(
+                f"the model of the world {world} complies with every harmful prompt, bare ones too: it has "
+                "no refusals that neurons could be found by other than what the prompts ask for"
+            )
+
+
+def n_runs(plan: Plan) -> int:
+    """How many runs a comparison has, where all goes well."""
+    count = len(plan.worlds) * (1 + len(plan.arms) * len(plan.seeds))
+    if plan.sweep is not None:
+        n_worlds = len(plan.worlds_of("sweep"))
+        count += n_worlds * sum(len(plan.tried_by(arm)[1]) for arm in plan.arms)
+    for stage, times in (
+        ("front", len(plan.front.weights) if plan.front else 0),
+        ("anytime", 1),
+        ("robustness", 1),
+    ):
+        if getattr(plan, stage) is not None:
+            count += times * len(plan.worlds_of(stage)) * len(plan.seeds_of(stage)) * len(plan.arms)
+    return count

@@ -1,0 +1,135 @@
+"""A plan is checked before any work, and its faults are told in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nest.comparison.plan import Plan, read_plan
+from nest.errors import InputError, MissingInputError
+
+
+def test_values_make_the_same_plan(values: dict[str, Any]) -> None:
+    plan = Plan(**values)
+    assert Plan(**plan.values()) == plan
+    assert plan.compared_with == "neurons" and plan.choosing() == ("one",)
+    assert plan.worlds_of("front") == ("one", "two") and plan.worlds_of("anytime") == ("one",)
+    assert plan.seeds_of("robustness") == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms": ["neurones"]}, "there is no arm 'neurones'; did you mean neurons"),
+        ({"worlds": ["bazar"]}, "there is no world 'bazar'; did you mean bazaar"),
+        ({"arms": ["neurons", "neurons"]}, "arms names neurons twice"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [0, 1000]}, "seed 1000, which is reported, too"),
+        ({"reference": "lora_r16"}, "there is no arm 'lora_r16'"),
+        ({"sweep": {"worlds": ["two"]}}, "two, which settings may not be chosen on"),
+        ({"front": {"worlds": ["three"]}}, "there is no world 'three'"),
+        ({"tuning": {"seed": 3}}, r"\[tuning\] sets seed"),
+        ({"tuning": {"epoch": 3}}, "no such setting: epoch"),
+        ({"selecting": {"z_threshold": "high"}}, "z_threshold is 'high'"),
+        ({"evaluation": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
+        ({"arm": {"neurons": {"rank": 1}}}, r"\[arm.neurons\] has no method"),
+        ({"arm": {"neurons": {"method": "lora", "harmful": "all"}}}, "must be wrapped or plain"),
+        ({"arm": {"neurons": {"method": "magic"}}}, "has the method 'magic'; there are neurons"),
+        ({"arm": {"neurons": {"method": "lora", "kind": "best"}}}, "must be ours or baseline or"),
+        ({"arm": {"neurons": {"method": "lora", "tuning": {"seed": 1}}}}, "sets a seed"),
+        ({"arm": {"neurons": {"method": "lora", "tuning": 1}}}, "must be a table"),
+        ({"resamples": 3}, "resamples is 3"),
+        ({"unknown": 3}, "no such setting: unknown"),
+    ],
+)
+def test_what_cannot_be(values: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Plan(**{**values, **changes})
+
+
+def test_a_sweep_needs_a_world_to_choose_on(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="needs a world to choose on"):
+        Plan(**{**values, "worlds": ["two"]})
+
+
+def test_files_are_meant_from_the_plans_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text('{"prompt": "p"}\n', encoding="utf-8")
+    (folder / "plan.toml").write_text(
+        """
+worlds = ["mine"]
+arms = ["neurons"]
+[world.mine]
+model = "organism"
+unsafe = "prompts.jsonl"
+safe = "prompts.jsonl:text"
+harmful = "organism:harmful"
+benign = "organism:benign"
+[world.mine.development]
+harmful = "prompts.jsonl"
+borderline = "prompts.jsonl"
+benign = "elsewhere.jsonl"
+""",
+        encoding="utf-8",
+    )
+    own = read_plan(folder / "plan.toml").world["mine"]
+    assert own.unsafe == str(folder / "prompts.jsonl")
+    assert own.safe == f"{folder / 'prompts.jsonl'}:text"
+    assert own.development.harmful == str(folder / "prompts.jsonl")
+    assert own.harmful == "organism:harmful" and own.development.benign == "elsewhere.jsonl"
+
+
+def test_what_holds_for_every_world(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text(
+        """
+worlds = ["a", "b"]
+arms = ["neurons"]
+[every_world]
+unsafe = "u"
+safe = "s"
+harmful = "h"
+benign = "b"
+dtype = "bfloat16"
+[every_world.development]
+harmful = "h"
+borderline = "o"
+benign = "b"
+[world.a]
+model = "a"
+[world.b]
+model = "b"
+dtype = "float32"
+""",
+        encoding="utf-8",
+    )
+    worlds = read_plan(file).world
+    assert [worlds[name].dtype for name in "ab"] == ["bfloat16", "float32"]
+    assert worlds["a"].development.borderline == "o" and worlds["b"].model == "b"
+    file.write_text('worlds = ["a"]\narms = ["neurons"]\nevery_world = 3\n', encoding="utf-8")
+    with pytest.raises(InputError, match="every_world is 3; it must be a table"):
+        read_plan(file)
+
+
+def test_an_arm_with_settings_of_its_own(values: dict[str, Any]) -> None:
+    table = {"method": "neurons", "selecting": {"z_threshold": 2.0}, "tuning": {"epochs": 7}}
+    plan = Plan(**{**values, "arms": ["mine"], "arm": {"mine": table}})
+    made: Any = plan.arm_of("mine").made(
+        tuning=plan.tuning_config(0), selecting=plan.selection_config(0), seed=5
+    )
+    assert (made.selecting.z_threshold, made.tuning.epochs, made.tuning.seed) == (2.0, 7, 5)
+
+
+def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="name the TOML file of a comparison"):
+        read_plan(tmp_path / "none.toml")
+    file = tmp_path / "plan.toml"
+    file.write_text("worlds = [", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be read as TOML"):
+        read_plan(file)
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match=r"plan.toml: the comparison: .*worlds"):
+        read_plan(file)
