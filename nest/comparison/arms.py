@@ -41,13 +41,6 @@ class Arm:
     selecting: Mapping[str, Any] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
 
-    def settings(self) -> dict[str, Any]:
-        """What its runs depend on."""
-        return {
-            **{"method": self.method, "values": dict(self.values), "harmful": self.harmful},
-            **{"selecting": dict(self.selecting), "tuning": dict(self.tuning)},
-        }
-
     def tried(self) -> tuple[str, tuple[float, ...]]:
         """The setting that it is swept along, and what is tried; nothing where its values say it."""
         kind = METHODS[self.method]

@@ -57,7 +57,7 @@ class Ledger:
         """All that a run depends on beside what all of a comparison share."""
         identity = self._identities[task.world]
         parts: tuple[str, ...] = ("model", "training", task.split)
-        arm = None if task.stage == "base" else self._plan.arm_of(task.arm).settings()
+        arm = None if task.stage == "base" else self._plan.settings_of(task.arm, task.seed)
         values = {
             "task": task.to_json(),
             "world": {part: identity[part] for part in parts},

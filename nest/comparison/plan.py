@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ from nest.selection.config import SelectionConfig
 from nest.settings import AtLeastOne, Positive, settings
 from nest.tuning.config import TuningConfig
 from nest.worlds.build import RECIPES
+
+if TYPE_CHECKING:
+    from nest.methods.method import Method
 
 Split = Literal["development", "test"]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)]
@@ -254,6 +257,22 @@ class Plan:
             InputError: settings that its method does not have.
         """
         return made_arm(name, self.arm[name]) if name in self.arm else ARMS[name]
+
+    def made(self, name: str, seed: int) -> Method:
+        """An arm's method with a seed, at its own value of the setting that is swept.
+
+        Raises:
+            InputError: settings that the method does not have.
+        """
+        return self.arm_of(name).made(
+            tuning=self.tuning_config(seed), selecting=self.selection_config(seed), seed=seed
+        )
+
+    def settings_of(self, name: str, seed: int) -> dict[str, Any]:
+        """All that an arm's runs depend on, defaults included, so that other defaults are another arm."""
+        values = asdict(self.made(name, seed))  # type: ignore[call-overload]
+        kept = {key: value for key, value in values.items() if key not in ("name",)}
+        return {"method": self.arm_of(name).method, "harmful": self.arm_of(name).harmful, **kept}
 
     def tried_by(self, name: str) -> tuple[str, tuple[float, ...]]:
         """The setting that an arm is swept along, and what it tries; nothing where the arm sets it."""

@@ -103,7 +103,7 @@ def undone(
     return found
 
 
-def undone_after(curve: Sequence[Mapping[str, float]], base: float, treated: float) -> int | None:
+def undone_after(curve: Sequence[Mapping[str, Any]], base: float, treated: float) -> int | None:
     """The first step at which half of the attack success that was taken away is back; None if never.
 
     Args:
@@ -123,7 +123,7 @@ def _fine_tuned(
     dialogues: PromptSet,
     settings: Robustness,
     look: Callable[[], dict[str, float]],
-) -> Iterator[dict[str, float]]:
+) -> Iterator[dict[str, Any]]:
     """Fine-tune all weights, and look after so many steps."""
     examples = encode_dialogues(encoder, dialogues, benign=True)
     batches = _batches(examples, settings.batch_size)

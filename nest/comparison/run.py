@@ -129,11 +129,7 @@ def _check_arms(plan: Plan) -> None:
     from nest.judging.makers import make_judges
 
     for name in plan.arms:
-        plan.arm_of(name).made(
-            tuning=plan.tuning_config(plan.seeds[0]),
-            selecting=plan.selection_config(plan.seeds[0]),
-            seed=plan.seeds[0],
-        )
+        plan.made(name, plan.seeds[0])
     make_judges(plan.judge)
 
 

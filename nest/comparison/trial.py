@@ -88,11 +88,7 @@ def _treated(
     device: str,
 ) -> Outcome:
     arm = plan.arm_of(task.arm)
-    method = arm.made(
-        tuning=plan.tuning_config(task.seed),
-        selecting=plan.selection_config(task.seed),
-        seed=task.seed,
-    )
+    method = plan.made(task.arm, task.seed)
     method = method if task.knob is None else with_knob(method, task.knob)
     method = method if task.weight == 1.0 else with_benign_weight(method, task.weight)
     data = training_data(material, arm.harmful)

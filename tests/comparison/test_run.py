@@ -180,9 +180,7 @@ def test_another_arm_of_the_same_name(
     ours = {"mine": {"method": "lora", "rank": 1}}
     run_comparison(Plan(**merged(values, arms=["mine"], arm=ours)), tmp_path / "out", workers=1)
     ours = {"mine": {"method": "lora", "rank": 2}}
-    with pytest.raises(
-        InputError, match=r"the arm mine was another one .*values.rank was 1 and is 2"
-    ):
+    with pytest.raises(InputError, match=r"the arm mine was another one .*rank was 1 and is 2"):
         run_comparison(Plan(**merged(values, arms=["mine"], arm=ours)), tmp_path / "out", workers=1)
     with pytest.raises(InputError, match=r"other .*tuning"):
         changed = merged(values, arms=["mine"], arm=ours, tuning={"epochs": 1})
