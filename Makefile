@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # fetch a CUDA build and you want none: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-versions check bench bench-gpu worlds tables docs format clean
+.PHONY: demo test test-versions check bench bench-gpu compare tables docs format clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/nest demo --out nest-demo --overwrite
@@ -34,9 +34,10 @@ bench-gpu: $(VENV)/bench.stamp
 	$(BIN)/python -m experiments.benchmarks.run --device cuda $(if $(ONLY),--only $(ONLY))
 	$(BIN)/python -m experiments.benchmarks.tables
 
-# The comparison of README's tables, on both worlds and three seeds: half an hour on two cores.
-worlds: $(VENV)/dev.stamp
-	$(BIN)/python -m experiments.worlds.run
+# The comparison of README's tables: every method on every world, hours on two cores. It goes on where it was
+# interrupted.
+compare: $(VENV)/dev.stamp
+	$(BIN)/nest compare --config experiments/compare/worlds.toml --out experiments/compare/results/worlds --final
 	$(MAKE) tables
 
 # What is written from the code itself: the README's tree, and docs/commands.md from the settings.
@@ -46,7 +47,7 @@ docs: $(VENV)/dev.stamp
 
 # README's tables anew, from the committed result files.
 tables: $(VENV)/dev.stamp
-	$(BIN)/python -m experiments.worlds.tables
+	$(BIN)/python -m experiments.compare.tables
 	$(BIN)/python -m experiments.real.judging.tables
 	$(BIN)/python -m experiments.benchmarks.tables
 

@@ -1,7 +1,7 @@
 """The whole job until attacks succeed as rarely: select, tune and fold against PEFT's LoRA.
 
 Both train on the embedded model with the same dialogues, loss, batches and schedule. Of a few schedules
-each takes the shortest that brings attack success on held-out objects and wrappers down to the target
+each takes the shortest that brings attack success on the development split down to the target
 with over-refusal and usefulness unharmed; the time is that one schedule's, measuring left out. Each
 runs at the best of four learning rates, found with a seed that does not count.
 """
@@ -14,11 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from experiments.worlds.conditions import Z_THRESHOLDS
-from experiments.worlds.run import World
+from nest.comparison.plan import Plan
+from nest.comparison.subjects import material_of, open_subject, training_data
+from nest.comparison.trial import measure
+from nest.judging.makers import make_judges
 from nest.methods.lora import Lora
-from nest.methods.method import Method, Subject, TrainingData
+from nest.methods.method import Method
 from nest.methods.neurons import Neurons
 from nest.selection.config import SelectionConfig
 from nest.tuning.config import TuningConfig
@@ -29,16 +32,36 @@ EPOCHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 SEEDS = (0, 1, 2)
 SWEEP_SEED = 3
 LORA_RANK = 16
+Z_THRESHOLD = 1.5  # a projection has 384 neurons: the default would leave next to none
 # Of ours 0.1 is the default on this model, 1.7 times the root mean square of the selected rows.
 RATES = {"nest": (0.05, 0.1, 0.2, 0.4), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
+
+
+class World:
+    """The embedded organism, with what is learned from and its development split.
+
+    Args:
+        device: Where the model is put.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._plan = Plan(worlds=("bazaar",), arms=("neurons",))
+        material = material_of(self._plan, "bazaar", final=False)
+        self._measured, self._judges = material.development, make_judges("phrases")
+        self.data = training_data(material, "wrapped")
+        self.subject, self._encoder = open_subject(self._plan, "bazaar", str(device))
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """Attack success, over-refusal and exact match of a treated model."""
+        return measure(self._plan, model, self._encoder, self._measured, self._judges)
+
 
 Attempt = Callable[[World, TuningConfig], tuple[float, dict[str, Any]]]
 
 
 def times(device: torch.device) -> tuple[dict[str, list[float]], bool, dict[str, float]]:
     """Seconds of both for each seed, whether every run got there, and what they took."""
-    world = World("bazaar")
-    world.model.to(device)
+    world = World(device)
     attempts: dict[str, Attempt] = {"nest": _nest, "lora": _lora}
     # Each side is warm from its sweep.
     rates = {name: best_rate(world, attempts[name], RATES[name]) for name in attempts}
@@ -83,12 +106,12 @@ def _is_good(found: dict[str, Any]) -> bool:
     return bool(
         found["wrapped"] <= TARGET
         and found["over_refusal"] <= MOST_OVER_REFUSAL
-        and found["utility"] >= LEAST_EXACT_MATCH
+        and found["exact_match"] >= LEAST_EXACT_MATCH
     )
 
 
 def _nest(world: World, config: TuningConfig) -> tuple[float, dict[str, Any]]:
-    selecting = SelectionConfig(z_threshold=Z_THRESHOLDS[world.name], seed=config.seed)
+    selecting = SelectionConfig(z_threshold=Z_THRESHOLD, seed=config.seed)
     return _timed(world, Neurons(selecting=selecting, tuning=config))
 
 
@@ -100,9 +123,7 @@ def _lora(world: World, config: TuningConfig) -> tuple[float, dict[str, Any]]:
 
 def _timed(world: World, method: Method) -> tuple[float, dict[str, Any]]:
     """Seconds until the treated model is there, and what it does."""
-    sets = (world.prompt_set(name) for name in ("harmful", "benign", "unsafe", "safe"))
-    data = TrainingData(*sets)
     started = time.perf_counter()
-    with method.applied(Subject(world.model, world.encoder, world.sites), data) as treated:
+    with method.applied(world.subject, world.data) as treated:
         took = time.perf_counter() - started
         return took, world.measure(treated.model)

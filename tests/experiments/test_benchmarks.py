@@ -630,12 +630,12 @@ def check_schema(found: dict[str, Any]) -> None:
 
 
 class FakeWorld:
-    def __init__(self, name: str) -> None:
-        self.name, self.model = name, torch.nn.Linear(1, 1)
+    def __init__(self, device: torch.device) -> None:
+        pass
 
 
 def found(good: bool) -> dict[str, Any]:
-    return {"wrapped": 0.01 if good else 0.5, "over_refusal": 0.0, "utility": 1.0}
+    return {"wrapped": 0.01 if good else 0.5, "over_refusal": 0.0, "exact_match": 1.0}
 
 
 def few(made: Any, device: torch.device, **_settings: Any) -> dict[str, list[float]]:
