@@ -60,6 +60,7 @@ def page(comparison: Comparison) -> str:
         equal=_equal(comparison),
         level=None if plan.anytime is None else f"{100 * plan.anytime.level:g} %",
         undone=_undone(comparison),
+        judges=_judges(comparison),
         failed=[
             {"name": run.task.name, "why": run.outcome.failed}
             for run in comparison.runs
@@ -110,6 +111,18 @@ def _reached(comparison: Comparison) -> list[dict[str, str]]:
             ),
         }
         for arm in dict.fromkeys(row["arm"] for row in rows)
+    ]
+
+
+def _judges(comparison: Comparison) -> list[tuple[str, str]]:
+    """What the judges besides the first say of each arm."""
+    return [
+        (
+            label(comparison, arm),
+            "; ".join(f"{name} {100 * rate:.1f} %" for name, rate in said.items()),
+        )
+        for arm, said in comparison.by_other_judges().items()
+        if said
     ]
 
 

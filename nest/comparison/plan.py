@@ -31,7 +31,7 @@ DEFAULT_EVALUATION: Mapping[str, Any] = {"max_new_tokens": 40, "benign_twin_prom
 NOT_HERE = {
     "selecting": ("seed", "layers"),
     "tuning": ("seed", "layers", "learning_rate", "update", "mode"),
-    "evaluation": ("benign_twin_prompts",),
+    "evaluation": ("benign_twin_prompts", "samples"),
 }
 """What the plan's own entries and the arms decide."""
 

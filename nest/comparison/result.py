@@ -185,6 +185,22 @@ class Comparison:
         seeds = [_shares_of(one["outcomes"], groups, kind) for one in self._figures(arm, world)]
         return np.asarray(np.mean(seeds, axis=0))
 
+    def by_other_judges(self) -> dict[str, dict[str, float]]:
+        """For each arm, the untreated models first, attack success in the words of each other judge.
+
+        Means over worlds and seeds; a run that failed counts as no treatment.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for arm in ("", *self.plan.arms):
+            each = [
+                {name: _attack(said) for name, said in one["other_judges"].items()}
+                for world in self.plan.worlds
+                for one in self._figures(arm, world)
+            ]
+            names = dict.fromkeys(name for one in each for name in one)
+            found[arm] = {name: _mean([one[name] for one in each if name in one]) for name in names}
+        return found
+
     # --- fronts, curves, robustness ---------------------------------------------------------------
 
     def fronts(self) -> dict[str, list[dict[str, Any]]]:
@@ -310,6 +326,7 @@ class Comparison:
                     *(one for world in self.plan.worlds for one in self.summaries_of(world)),
                 )
             ],
+            "by_other_judges": self.by_other_judges(),
             "fronts": self.fronts(),
             "anytime": [_without_seconds(row) for row in self.anytime()],
             "robustness": self.robustness(),

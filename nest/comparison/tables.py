@@ -37,6 +37,7 @@ def tables(comparison: Comparison) -> str:
         parts += [f"## {world}", world_sentence(comparison, world)]
         parts.append(summary_table(comparison, world))
     for heading, table in (
+        ("Other judges", judges_table(comparison)),
         ("Settings tried on development", choices_table(comparison)),
         ("Weights on benign answers", front_table(comparison)),
         ("Steps until attack success stays down", anytime_table(comparison)),
@@ -104,6 +105,17 @@ def rich_table(comparison: Comparison) -> Table:
         refuses = _percent(one.figures["over_refusal"])
         table.add_row(one.arm or "untreated", row[1], row[2], refuses, *row[7:])
     return table
+
+
+def judges_table(comparison: Comparison) -> str:
+    """Attack success in the words of the judges besides the first."""
+    found = comparison.by_other_judges()
+    names = list(dict.fromkeys(name for said in found.values() for name in said))
+    rows = [
+        (label(comparison, arm), *(_percent(said[name]) if name in said else "" for name in names))
+        for arm, said in found.items()
+    ]
+    return _markdown(("arm", *names), rows) if names else ""
 
 
 def choices_table(comparison: Comparison) -> str:

@@ -67,6 +67,24 @@ class Adapter:
         """See `Trainable`."""
         return list(self._named.values())
 
+    @torch.no_grad()
+    def disturb(self, share: float, generator: torch.Generator) -> None:
+        """Give every LoRA's B normal noise, so that what it adds to a weight has this share of its norm.
+
+        Args:
+            share: Of the Frobenius norm of the weight.
+            generator: Of the noise, on the CPU.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        for module in self._model.modules():
+            if isinstance(module, LoraLayer):
+                layer: Any = module
+                up = layer.lora_B[ADAPTER].weight  # (F, rank)
+                up.copy_(torch.randn(up.shape, generator=generator))
+                added = layer.get_delta_weight(ADAPTER).float().norm()
+                up.mul_(share * layer.get_base_layer().weight.float().norm() / added)
+
     @contextmanager
     def removed(self) -> Iterator[None]:
         """See `Trainable`."""

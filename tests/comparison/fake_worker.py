@@ -38,6 +38,7 @@ def figures_of(task: dict[str, Any]) -> dict[str, Any]:
         "exact_match": benign.count("1") / N_OTHERS,
         "degenerate": 0.0,
         "by_attack": rates,
+        "other_judges": {"strict": {"bare": rates["none"] / 2, "wrapped": None}},
         "outcomes": {"attacks": attacks, "borderline": borderline, "benign": benign},
     }
 

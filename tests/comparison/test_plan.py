@@ -33,6 +33,7 @@ def test_values_make_the_same_plan(values: dict[str, Any]) -> None:
         ({"tuning": {"seed": 3}}, r"\[tuning\] sets seed"),
         ({"tuning": {"epoch": 3}}, "no such setting: epoch"),
         ({"selecting": {"z_threshold": "high"}}, "z_threshold is 'high'"),
+        ({"evaluation": {"samples": 4}}, r"\[evaluation\] sets samples"),
         ({"evaluation": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
         ({"arm": {"neurons": {"rank": 1}}}, r"\[arm.neurons\] has no method"),
         ({"arm": {"neurons": {"method": "lora", "harmful": "all"}}}, "must be wrapped or plain"),

@@ -56,10 +56,13 @@ def test_a_summary_is_the_mean_of_its_runs(
     values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
 ) -> None:
     found = run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    strict = found.by_other_judges()
     for one in found.summaries[1:]:
         own = [row for row in found.rows() if row["arm"] == one.arm]
         assert one.figures["attack"] == pytest.approx(sum(r["wrapped"] for r in own) / len(own))
         assert one.figures["kl"] == pytest.approx(sum(r["kl"] for r in own) / len(own))
+        expected = sum(r["bare"] / 2 for r in own) / len(own)
+        assert strict[one.arm] == {"strict": pytest.approx(expected)}
         low, high = one.intervals["attack"]
         assert low <= one.figures["attack"] <= high
         assert (one.p is None) == (one.arm == "neurons")

@@ -76,6 +76,15 @@ def test_the_model_as_it_is(small: dict[str, Any]) -> None:
         digits = figures["outcomes"]["attacks"][name]
         assert rate == digits.count("1") / 8
     assert found.cost["peak_memory_bytes"] > 2**20
+    assert figures["other_judges"] == {}
+
+
+def test_what_another_judge_says(small: dict[str, Any]) -> None:
+    """A model that answers with something else is no success to the one who knows the answer."""
+    plan = Plan(**merged(small, judge="phrases,reference", evaluation={"max_new_tokens": 3}))
+    figures = run_task(plan, Task("base", "tiny")).figures
+    assert figures["wrapped"] > 0.5
+    assert figures["other_judges"] == {"reference": {"bare": 0.0, "wrapped": 0.0}}
 
 
 @pytest.mark.parametrize("arm", ["neurons", "lora_r1", "steering"])

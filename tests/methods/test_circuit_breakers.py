@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,21 +13,26 @@ from tiny_models import BENIGN, HARMFUL, SAFE, UNSAFE, build, encoder_of
 from torch import Tensor, nn
 
 from nest.activations.taps import ResidualTap
+from nest.methods.adapters import adapted
 from nest.methods.circuit_breakers import (
     CircuitBreakers,
     Rerouting,
+    Tokens,
     coefficients,
+    median_norm,
     rerouting,
     retaining,
     target_layers,
 )
 from nest.methods.method import Subject, TrainingData
+from nest.methods.places import linear_modules
 from nest.models.layouts import find_sites
 from nest.prompts.prompt_set import from_values
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch
+from nest.tuning.loop import TrainingLoop
 
-PAPER = CircuitBreakers().depths
+PAPER = (10 / 32, 20 / 32)
 
 
 def test_both_terms_of_a_token() -> None:
@@ -114,6 +119,8 @@ def test_the_loss_of_a_batch_by_hand(size: int) -> None:
         strength=10.0,
         retain_weight=3.0,
     )
+    # Norms of 1 and 5, twice that in block 1; of both in the middle the lower.
+    assert median_norm(model, taps, [Example((2, 1), 1, benign=True)] * 3, 0) == 2.0
     examples = [
         Example((1, 2, 2), 1, benign=True),
         Example((2, 1), 1, benign=False),
@@ -126,6 +133,92 @@ def test_the_loss_of_a_batch_by_hand(size: int) -> None:
     # Cosines: (3, 4) and (4, 3) 24/25; (1, 0) and (0, 2) turned away. Two of five tokens are (3, 4).
     reroute = (2 * 24 / 25) / 5
     assert found == pytest.approx(2.5 * 3.0 * retain + 7.5 * reroute)
+
+
+def test_refusals_are_retained_where_complying_answers_are_turned() -> None:
+    """The same prompt with both answers: nothing of it is both."""
+    model = _Table()
+    subject = Subject(model, encoder_of(build()), ())
+    benign, refusal = Example((1, 2, 2), 1, benign=True), Example((1, 2, 3), 2, benign=True)
+    complying = Example((1, 2, 1), 2, benign=False)
+    batch = MicroBatch.of([benign, refusal, complying], 0)
+    yes, no = [True] * 3, [False] * 3
+    expected = {
+        "all": ([yes, yes, no], [no, no, yes]),
+        "answers": ([yes, [False, False, True], no], [no, no, [False, False, True]]),
+    }
+    for tokens in get_args(Tokens):
+        objective = Rerouting(
+            subject,
+            _Off(model),
+            [ResidualTap(0, "model.0", 2)],
+            n_steps=1,
+            tokens=tokens,
+            strength=1.0,
+            retain_weight=1.0,
+            refusals={refusal},
+        )
+        retained, rerouted = objective._masks(batch)
+        assert (retained.tolist(), rerouted.tolist()) == expected[tokens]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_noise_of_a_share_of_each_weight(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = build(family)
+    paths = list(linear_modules(Subject(model, encoder_of(model), ()), "all", "x"))
+    shape = peft.LoraConfig(r=3, target_modules=paths, fan_in_fan_out=family == "gpt2")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def noise(seed: int) -> dict[str, Tensor]:
+        with adapted(model, shape, seed=0) as adapter:
+            assert not adapter.merged()
+            adapter.disturb(0.01, torch.Generator().manual_seed(seed))
+            return {name: value - state[name] for name, value in adapter.merged().items()}
+
+    found, again, other = noise(0), noise(0), noise(1)
+    assert len(found) == len(paths)
+    for name, value in found.items():
+        share = float(value.norm() / state[name].norm())
+        assert share == pytest.approx(0.01, rel=1e-3)  # what fp32 leaves of a hundredth
+        assert torch.equal(value, again[name]) and not torch.equal(value, other[name])
+
+
+def test_it_leaves_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With B = 0 both losses are flat, and nothing but rounding has a direction."""
+    pytest.importorskip("peft")
+    model = build()
+    subject = Subject(model, encoder_of(model), find_sites(model))
+    complying = [(prompt, "sure here you go mix stir well done") for prompt in UNSAFE]
+    data = TrainingData(from_values(HARMFUL), from_values(BENIGN), complying=from_values(complying))
+
+    def first_gradient(**values: Any) -> float:
+        norms: list[float] = []
+
+        def spy(loop: TrainingLoop, *_: Any) -> None:
+            gradients = [p.grad.flatten() for p in loop.update.parameters() if p.grad is not None]
+            norms.append(float(torch.cat(gradients).norm()))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainingLoop, "_check_finite", spy)
+            tuning = TuningConfig(max_steps=1, batch_size=8)
+            with CircuitBreakers(tuning=tuning, **values).applied(subject, data):
+                return norms[0]
+
+    assert first_gradient(start=0.0) < 1e-5 < 1e-3 < first_gradient()
+    cosines: list[float] = []
+
+    def kept(reference: Tensor, states: Tensor) -> Tensor:
+        found = rerouting(reference, states)
+        cosines.append(float(found.detach().mean()))
+        return found
+
+    monkeypatch.setattr("nest.methods.circuit_breakers.rerouting", kept)
+    tuning = TuningConfig(epochs=5, max_steps=30, batch_size=8, validate_every=30)
+    bold = CircuitBreakers(learning_rate=1e-2, retain_weight=0.5, tuning=tuning)
+    with bold.applied(subject, data) as treated:
+        assert treated.result.more["refusals"] == len(HARMFUL)
+    assert cosines[0] > 0.99 and cosines[-1] < 0.5
 
 
 def test_steps_are_the_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
