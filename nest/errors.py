@@ -2,7 +2,8 @@
 
     NestError
     ├── InputError (ValueError)              a file, column, prompt or option that cannot be used
-    │   └── MissingInputError (FileNotFoundError)
+    │   ├── MissingInputError (FileNotFoundError)
+    │   └── NoMemoryError (MemoryError)      no memory for the smallest piece of work
     ├── LayoutError (TypeError)              a model whose neurons we cannot address
     ├── ActivationError (ArithmeticError)    NaN or infinite numbers inside the model
     │   └── TuningStoppedError               the same after some good steps, which it carries
@@ -28,6 +29,10 @@ class InputError(NestError, ValueError):
 
 class MissingInputError(InputError, FileNotFoundError):
     """A file or folder that is not there."""
+
+
+class NoMemoryError(InputError, MemoryError):
+    """There is no memory even for the smallest piece of the work."""
 
 
 class LayoutError(NestError, TypeError):

@@ -74,7 +74,7 @@ def sentence_of(fault: ValidationError, kind: type | None = None) -> str:
 
 
 def _fault(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
-    name = next((part for part in entry["loc"] if isinstance(part, str)), "")
+    name = _name_of(entry["loc"])
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
     if kind == "unexpected_keyword_argument":
         return f"no such setting: {name}; there are {', '.join(fields)}"
@@ -94,6 +94,11 @@ def _fault(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
     number = {"float": "a number", "int": "a whole number", "bool": "true or false"}
     expected = number.get(kind.partition("_")[0])
     return f"{what}; it must be {expected}" if expected else f"{what}; {_lowered(entry['msg'])}"
+
+
+def _name_of(loc: Sequence[Any]) -> str:
+    """Where an entry stands, such as `world.mine.model`; places in lists are left out."""
+    return ".".join(part for part in loc if isinstance(part, str))
 
 
 def _range(field: FieldInfo | None, context: Mapping[str, Any]) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nest.comparison.measuring import measure
 from nest.comparison.plan import Plan
 from nest.comparison.subjects import material_of, open_subject, training_data
-from nest.comparison.trial import measure
 from nest.judging.makers import make_judges
 from nest.methods.lora import Lora
 from nest.methods.method import Method

@@ -11,7 +11,11 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 START, END = "<!-- compare: made by make tables -->", "<!-- /compare -->"
 RESULTS = (ROOT / "experiments/compare/results", ROOT / "experiments/real/results")
-SECTIONS = ("All worlds", "Weights on benign answers", "Steps until attack success stays down")
+SECTIONS = (
+    *("All worlds", "Worlds that no setting was chosen on", "Worlds that settings were chosen on"),
+    *("Other judges", "Weights on benign answers", "Steps until attack success stays down"),
+    "What undoes it",
+)
 """Of each comparison's own tables, which the README shows."""
 
 

@@ -5,9 +5,9 @@ benign_mix/benign_mix.jsonl, harmbench/harmbench_behaviors_text_{val,test}.csv, 
 xstest/xstest_prompts.csv. What is written to OUT are JSON lines and a copy of the plan that names them.
 
 Learned from: 160 AdvBench goals with a refusal each, and 160 ordinary instructions and JailbreakBench's
-benign goals with the model's own greedy answers. Development: HarmBench's validation behaviours, every
-second safe prompt of XSTest, and other instructions. Test: 60 of HarmBench's test behaviours, the other
-safe prompts, again other instructions. AdvBench goals with a near twin in HarmBench are left out.
+benign goals with the model's own greedy answers. Development: HarmBench's validation behaviours, half of
+each type of XSTest's safe prompts, and other instructions. Test: 60 of HarmBench's test behaviours, the
+other halves, again other instructions. AdvBench goals with a near twin in HarmBench are left out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from nest.conversations.conversation import Conversation
 from nest.conversations.encoders import ChatEncoder
 from nest.generation.static import generate
+from nest.judging.judge import SUCCESSES, Exchange
+from nest.judging.phrases import PhraseJudge
 from nest.models.loading import load_model
 from nest.prompts.overlap import near_duplicates
 from nest.prompts.prompt_set import from_values
@@ -57,11 +60,14 @@ def main() -> None:
     write(out / "unsafe.jsonl", goals)
     write(out / "safe.jsonl", ordinary[: len(goals)])
     write(out / "harmful.jsonl", refusals)
-    write(out / "complying.jsonl", answered(goals))
+    judged = answered(goals)
+    said = PhraseJudge().judge([Exchange(Conversation.of(goal), text) for goal, text in judged])
+    complied = [pair for pair, one in zip(judged, said, strict=True) if one.verdict in SUCCESSES]
+    write(out / "complying.jsonl", complied)
     write(out / "benign.jsonl", answered([*ordinary[:N_BENIGN], *prompts["jbb"]]))
     for number, split in enumerate(("development", "test")):
         write(out / f"{split}_harmful.jsonl", prompts[f"{split}_harmful"])
-        write(out / f"{split}_borderline.jsonl", prompts["xstest"][number::2][:N_TEST])
+        write(out / f"{split}_borderline.jsonl", prompts[f"{split}_borderline"])
         start = N_BENIGN + number * N_KEPT
         write(out / f"{split}_benign.jsonl", answered(ordinary[start : start + N_KEPT]))
     shutil.copyfile(PLAN, out / PLAN.name)
@@ -95,11 +101,24 @@ def prompts_of(data: Path) -> dict[str, list[str]]:
         "jbb": [row["goal"] for row in rows(data / "jbb" / "benign-behaviors.csv")],
         "development_harmful": behaviours["val"][:N_TEST],
         "test_harmful": behaviours["test"][:N_TEST],
-        "xstest": [
-            row["prompt"]
-            for row in rows(data / "xstest" / "xstest_prompts.csv")
-            if row["label"] == "safe"
-        ],
+        **xstest_of(data),
+    }
+
+
+def xstest_of(data: Path) -> dict[str, list[str]]:
+    """XSTest's safe prompts, of each type the first half and the second: neighbours are alike."""
+    by_type: dict[str, list[str]] = {}
+    for row in rows(data / "xstest" / "xstest_prompts.csv"):
+        if row["label"] == "safe":
+            by_type.setdefault(row["type"], []).append(row["prompt"])
+    splits: dict[str, list[str]] = {"development": [], "test": []}
+    for same in by_type.values():
+        splits["development"] += same[: len(same) // 2]
+        splits["test"] += same[len(same) // 2 :]
+    stride = {split: len(prompts) / N_TEST for split, prompts in splits.items()}
+    return {
+        f"{split}_borderline": [prompts[int(i * stride[split])] for i in range(N_TEST)]
+        for split, prompts in splits.items()
     }
 
 

@@ -35,7 +35,8 @@ def compare(
         workers: Processes that runs are spread over; `auto` takes one a GPU, or one for every
             `threads` cores.
         device: auto, cpu, cuda, ...
-        restart: Throw away what an interrupted call left beside `out`.
+        restart: Begin anew: neither what an interrupted call left beside `out` nor the runs in it are gone
+            on with.
         progress: Called with stage, runs done, runs in all.
         warn: Told what deserves attention; by default a Python warning.
 

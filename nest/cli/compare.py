@@ -31,7 +31,7 @@ def command(
         final: Measure on the test splits, on which nothing was chosen; the results say so.
         workers: Processes that runs are spread over; auto takes one a GPU or core.
         device: auto, cpu, cuda, cuda:1, mps.
-        restart: Begin anew where an interrupted run left unfinished work beside --out.
+        restart: Begin anew, whatever an earlier run left in --out or, unfinished, beside it.
     """
     from nest import api
     from nest.comparison.tables import rich_table

@@ -13,6 +13,8 @@ from nest.selection.config import SelectionConfig
 from nest.tuning.config import TuningConfig
 
 C = TypeVar("C", TuningConfig, SelectionConfig)
+NEURONS_ALONE = ("layers", "update", "mode", "checkpointing", "cache_prefix", "learning_rate")
+"""Settings of training that are those of the cluster update."""
 Kind = Literal["ours", "baseline", "control"]
 
 
@@ -44,7 +46,8 @@ class Arm:
     def tried(self) -> tuple[str, tuple[float, ...]]:
         """The setting that it is swept along, and what is tried; nothing where its values say it."""
         kind = METHODS[self.method]
-        return kind.knob, () if kind.knob in self.values else kind.tried
+        is_set = kind.knob in self.values or "learning_rate" in self.tuning
+        return kind.knob, () if is_set else kind.tried
 
     def made(self, *, tuning: TuningConfig, selecting: SelectionConfig, seed: int) -> Method:
         """The method, ready to be applied.
@@ -83,7 +86,7 @@ ARMS: Mapping[str, Arm] = {
             update="shared",
         ),
         _arm("random_clusters", "random clusters", "neurons", "control", control="random_clusters"),
-        _arm("lowest", "lowest z", "neurons", "control", control="lowest"),
+        _arm("lowest", "lowest z (they speak for safe)", "neurons", "control", control="lowest"),
         _arm("shuffled", "shuffled labels", "neurons", "control", control="shuffled_labels"),
         _arm("lora_r1", "LoRA r1", "lora", rank=1),
         _arm("lora_r16", "LoRA r16", "lora", rank=16),
@@ -121,6 +124,11 @@ def made_arm(name: str, table: Mapping[str, Any]) -> Arm:
         own[entry] = values.pop(entry, {})
         if not isinstance(own[entry], Mapping):
             raise InputError(f"{what} has {entry} = {own[entry]!r}; it must be a table")
+        alone = [name for name in NEURONS_ALONE if name in own[entry]]
+        if entry == "tuning" and method != "neurons" and alone:
+            raise InputError(
+                f"{what} sets tuning.{alone[0]}, which the method {method} has no use for; leave it out"
+            )
         if "seed" in own[entry]:
             raise InputError(f"{what} sets a seed, which the plan's seeds are for; leave it out")
     label = str(values.pop("label", name))

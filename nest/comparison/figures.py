@@ -24,7 +24,7 @@ WIDTH = 7.6
 
 
 def attack_svg(comparison: Comparison) -> str:
-    """Attack success of every arm over all worlds, with its interval, lowest first."""
+    """Attack success of every arm over the first pool of worlds, with its interval, lowest first."""
     ordered = sorted(comparison.summaries, key=lambda one: one.figures["attack"])
     with svg_figure("attack", WIDTH, 0.9 + 0.3 * len(ordered)) as (figure, out):
         axes = figure.add_subplot()
@@ -53,7 +53,9 @@ def attack_svg(comparison: Comparison) -> str:
 def worlds_svg(comparison: Comparison) -> str:
     """Attack success of every arm on every world, as a map."""
     arms, worlds = ("", *comparison.plan.arms), comparison.plan.worlds
-    by_world = {world: {one.arm: one for one in comparison.summaries_of(world)} for world in worlds}
+    by_world = {
+        world: {one.arm: one for one in comparison.summaries_of((world,))} for world in worlds
+    }
     values = np.array(
         [[100 * by_world[world][arm].figures["attack"] for world in worlds] for arm in arms]
     )

@@ -67,9 +67,10 @@ class Ledger:
         return dict(json.loads(json.dumps(values, default=str)))
 
     def content(self, tasks: Sequence[Task]) -> str:
-        """The lines of these runs, in their order, as a file takes them."""
-        keys = (key_of(self.specification(task)) for task in tasks)
-        kept = (self._lines[key] for key in keys if key in self._lines)
+        """The lines of these runs, in their order, and then of all others, as a file takes them."""
+        keys = [key_of(self.specification(task)) for task in tasks]
+        others = sorted(set(self._lines) - set(keys))
+        kept = (self._lines[key] for key in (*keys, *others) if key in self._lines)
         return "".join(json.dumps(line) + "\n" for line in kept)
 
     def _check(self, line: Mapping[str, Any]) -> None:

@@ -30,12 +30,19 @@ def page(comparison: Comparison) -> str:
         final=comparison.final,
         measured=measured_on(comparison),
         headings=HEADINGS,
-        rows=summary_rows(comparison, None),
+        pools=[
+            {
+                "name": name,
+                "worlds": ", ".join(worlds),
+                "rows": summary_rows(comparison, worlds),
+            }
+            for name, worlds in comparison.pools.items()
+        ],
         worlds=[
             {
                 "name": world,
                 "said": world_sentence(comparison, world),
-                "rows": summary_rows(comparison, world),
+                "rows": summary_rows(comparison, (world,)),
             }
             for world in plan.worlds
         ],
@@ -161,6 +168,9 @@ def _undone(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def _undone_sentence(told: list[Mapping[str, Any]], parameters: int | None) -> str:
+    if all(one["base"]["attack_success"] <= one["treated"]["attack_success"] for one in told):
+        return "had no effect: there is nothing to undo"
+
     def mean(values: list[float]) -> str:
         return f"{100 * float(np.mean(values)):.1f} %"
 
@@ -192,7 +202,8 @@ def _warnings(comparison: Comparison) -> list[str]:
     counts: dict[str, int] = {}
     for run in comparison.runs:
         for said in run.outcome.warnings:
-            counts[f"{run.task.arm or 'untreated'}: {said}"] = counts.get(said, 0) + 1
+            whole = f"{run.task.arm or 'untreated'}: {said}"
+            counts[whole] = counts.get(whole, 0) + 1
     return [f"{said} ({count} run{'s' if count > 1 else ''})" for said, count in counts.items()]
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from nest.errors import InputError, MissingInputError
 from nest.evaluation.config import EvaluationConfig
 from nest.prompts.text import read_text
 from nest.selection.config import SelectionConfig
-from nest.settings import AtLeastOne, Positive, settings
+from nest.settings import AtLeastOne, Layers, Positive, settings
 from nest.tuning.config import TuningConfig
 from nest.worlds.build import RECIPES
 
@@ -25,9 +25,14 @@ if TYPE_CHECKING:
     from nest.methods.method import Method
 
 Split = Literal["development", "test"]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 
 DEFAULT_EVALUATION: Mapping[str, Any] = {"max_new_tokens": 40, "benign_twin_prompts": 0}
+PATHS = (
+    *("model", "unsafe", "safe", "harmful", "benign", "complying"),
+    *("borderline", "attacks"),
+)
+SPLITS = ("development", "test")
 NOT_HERE = {
     "selecting": ("seed", "layers"),
     "tuning": ("seed", "layers", "learning_rate", "update", "mode"),
@@ -46,7 +51,7 @@ class Sweep:
     """
 
     worlds: tuple[str, ...] = ()
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1000
+    seed: Seed = 1000
 
 
 @settings("[front] of the comparison")
@@ -61,7 +66,7 @@ class Front:
 
     weights: Annotated[tuple[Annotated[float, Positive], ...], Field(min_length=1)] = (0.3, 3.0)
     worlds: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
 
 
 @settings("[anytime] of the comparison")
@@ -71,14 +76,14 @@ class Anytime:
     Attributes:
         level: The attack success, mean over attacks, that is to be reached.
         behaviours: At most so many harmful prompts are asked each time.
-        worlds: Where; by default those whose role is to be chosen on.
+        worlds: Where; by default those whose role is to be chosen on, or all where none is.
         seeds: With which; the first by default.
     """
 
     level: Annotated[float, Field(ge=0, le=1)] = 0.1
     behaviours: Annotated[int, AtLeastOne] = 40
     worlds: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
 
 
 @settings("[robustness] of the comparison")
@@ -90,7 +95,7 @@ class Robustness:
         learning_rate: Of AdamW, constant.
         batch_size: Dialogues a step.
         behaviours: At most so many harmful prompts are asked each time.
-        worlds: Where; by default those whose role is to be chosen on.
+        worlds: Where; by default those whose role is to be chosen on, or all where none is.
         seeds: With which; the first by default.
     """
 
@@ -101,7 +106,7 @@ class Robustness:
     batch_size: Annotated[int, AtLeastOne] = 16
     behaviours: Annotated[int, AtLeastOne] = 40
     worlds: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
 
 
 @settings("a world's held-out prompts")
@@ -152,7 +157,7 @@ class OwnWorld:
     test: HeldOut | None = None
     complying: str | None = None
     role: Literal["choosing", "final"] = "final"
-    layers: tuple[int, int | None] | None = None
+    layers: Layers = None
     dtype: str = "auto"
     revision: str | None = None
     system: str | None = None
@@ -183,7 +188,7 @@ class Plan:
 
     worlds: Annotated[tuple[str, ...], Field(min_length=1)]
     arms: Annotated[tuple[str, ...], Field(min_length=1)]
-    seeds: Seeds = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     title: str = ""
     judge: str = "phrases"
     reference: str | None = None
@@ -207,14 +212,9 @@ class Plan:
         _check_known("arm", self.arms, (*ARMS, *self.arm))
         _check_known("arm", [self.reference] if self.reference else [], self.arms)
         for stage in ("sweep", "front", "anytime", "robustness"):
-            table = getattr(self, stage)
-            _check_known("world", () if table is None else table.worlds, self.worlds)
+            self._check_stage(stage)
         if self.sweep is not None:
             self._check_sweep()
-        if self.sweep is not None and self.sweep.seed in self.seeds:
-            raise ValueError(
-                f"[sweep] has the seed {self.sweep.seed}, which is reported, too; give another one"
-            )
         for table, reserved in NOT_HERE.items():
             for name in reserved:
                 if name in getattr(self, table):
@@ -225,12 +225,50 @@ class Plan:
         self.selection_config(self.seeds[0])
         self.tuning_config(self.seeds[0])
         self.evaluation_config()
-        for name in self.arms:
-            self.arm_of(name)
+        for name in (*self.arms, *self.arm):
+            self._check_arm(name)
         return self
+
+    def _check_stage(self, stage: str) -> None:
+        table = getattr(self, stage)
+        if table is None:
+            return
+        lists = {
+            name: getattr(table, name)
+            for name in ("worlds", "seeds", "weights", "steps")
+            if hasattr(table, name)
+        }
+        for name, values in lists.items():
+            _check_once(f"[{stage}] {name}", values)
+        _check_known("world", table.worlds, self.worlds)
+        if stage == "front":
+            strange = [seed for seed in table.seeds if seed not in self.seeds]
+            if strange or 1.0 in table.weights:
+                raise ValueError(
+                    f"[front] has the seeds {list(table.seeds)} and the weights {list(table.weights)}; its "
+                    f"seeds must be of the plan's {list(self.seeds)}, whose runs are its points of weight 1"
+                )
+
+    def _check_arm(self, name: str) -> None:
+        try:
+            arm = self.arm_of(name)
+            self.made(name, self.seeds[0])
+        except InputError as fault:
+            said, what = str(fault), f"[arm.{name}]"
+            raise ValueError(said if said.startswith(what) else f"{what}: {said}") from None
+        own = [world for world in self.worlds if world in self.world]
+        if name in self.arms and arm.harmful == "plain" and own:
+            raise ValueError(
+                f"the arm {name} learns from bare prompts alone, and the world {own[0]} has one set of "
+                "harmful prompts; leave the arm out, or make a world of its own of the bare ones"
+            )
 
     def _check_sweep(self) -> None:
         assert self.sweep is not None
+        if self.sweep.seed in self.seeds:
+            raise ValueError(
+                f"[sweep] has the seed {self.sweep.seed}, which is reported, too; give another one"
+            )
         finals = [name for name in self.sweep.worlds if self.role_of(name) != "choosing"]
         if finals:
             raise ValueError(
@@ -280,7 +318,7 @@ class Plan:
 
     def values(self) -> dict[str, Any]:
         """All of it as plain values, from which the same plan can be made."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        return dict(json.loads(json.dumps(asdict(self), default=str)))
 
     def role_of(self, world: str) -> str:
         """`choosing` or `final`."""
@@ -294,7 +332,10 @@ class Plan:
         return SelectionConfig(**self.selecting, seed=seed)
 
     def tuning_config(self, seed: int) -> TuningConfig:
-        return TuningConfig(**self.tuning, seed=seed)
+        config = TuningConfig(**self.tuning, seed=seed)
+        # What is left to the memory that happens to be free would not be the same again.
+        size = config.micro_batch_size or config.batch_size
+        return replace(config, micro_batch_size=size)
 
     def evaluation_config(self) -> EvaluationConfig:
         return EvaluationConfig(**{**DEFAULT_EVALUATION, **self.evaluation})
@@ -304,24 +345,33 @@ class Plan:
         table = getattr(self, stage)
         if table.worlds:
             return tuple(table.worlds)
-        return self.worlds if stage == "front" else self.choosing()
+        return self.worlds if stage == "front" else self.choosing() or self.worlds
 
     def seeds_of(self, stage: str) -> tuple[int, ...]:
         """With which seeds a stage runs."""
         return tuple(getattr(self, stage).seeds) or self.seeds[:1]
 
     def protocol(self) -> dict[str, Any]:
-        """What all runs share, and what another comparison may not differ in to go on with them."""
-        return {
-            **{"judge": self.judge, "selecting": self.selecting, "tuning": self.tuning},
-            **{"evaluation": self.evaluation, "threads": self.threads},
+        """What all runs share, and what another comparison may not differ in to go on with them.
+
+        Raises:
+            InputError: no such judge.
+        """
+        from nest.judging.makers import make_judges
+
+        shared = {
+            "judges": [[judge.name, judge.sha256] for judge in make_judges(self.judge)],
+            "evaluation": asdict(self.evaluation_config()),
+            "threads": self.threads,
         }
+        return dict(json.loads(json.dumps(shared)))
 
     def protocol_of(self, stage: str) -> dict[str, Any]:
         """What the runs of a stage depend on beside that."""
         if stage not in ("anytime", "robustness"):
             return {}
-        values = asdict(getattr(self, stage))
+        table = getattr(self, stage)
+        values = {} if table is None else asdict(table)
         return {name: values[name] for name in values if name not in ("worlds", "seeds")}
 
 
@@ -369,16 +419,28 @@ def _with_paths(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The same with files of worlds found from the plan's own folder, where they are there."""
 
     def found(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: found(entry) for key, entry in value.items()}
         if not isinstance(value, str):
             return value
         name, colon, column = value.partition(":")
         beside = folder / name
-        return f"{beside}{colon}{column}" if name and beside.exists() else value
+        try:
+            there = bool(name) and beside.exists()
+        except OSError:  # too long for a file's name
+            there = False
+        return f"{beside}{colon}{column}" if there else value
+
+    def with_paths(table: Any) -> Any:
+        if not isinstance(table, Mapping):
+            return table
+        return {
+            key: found(value) if key in PATHS else with_paths(value) if key in SPLITS else value
+            for key, value in table.items()
+        }
 
     worlds = content.get("world", {})
-    return {**content, "world": found(worlds)} if isinstance(worlds, Mapping) else dict(content)
+    if not isinstance(worlds, Mapping):
+        return dict(content)
+    return {**content, "world": {name: with_paths(table) for name, table in worlds.items()}}
 
 
 def _check_once(what: str, values: Sequence[Any]) -> None:
@@ -391,5 +453,5 @@ def _check_known(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = f"; did you mean {near[0]}?" if near else "."
             raise ValueError(f"there is no {kind} {name!r}{meant} There are {', '.join(known)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nest.artifacts.provenance import package_versions
 from nest.artifacts.storage import write_artifact
 from nest.comparison.choices import Choice
 from nest.comparison.plan import Plan
@@ -44,11 +45,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm on one world, or on all of them, over its seeds.
+    """An arm on one world, or on several, over its seeds.
 
     Attributes:
         arm: Its name; empty for the models as they are.
-        world: Its name; None for the mean over worlds.
+        worlds: On which.
         figures: Means over seeds, and over worlds: `attack` (wrapped attack success; bare, in a world
             without attacks), bare, worst, over_refusal, exact_match, kl, parameters.
         intervals: 95 % bootstrap over behaviours of attack, over_refusal and exact_match.
@@ -56,11 +57,11 @@ class Summary:
         costs: Means of seconds and peak memory.
         n_failed: Runs that failed; each counts as no treatment at all.
         p: Of the difference in `attack` from the reference arm, corrected for the number of arms; None
-            for that arm itself, for the untreated models and for a single world.
+            for that arm itself and for the untreated models.
     """
 
     arm: str
-    world: str | None
+    worlds: tuple[str, ...]
     figures: Mapping[str, float]
     intervals: Mapping[str, Interval]
     seeds: Interval
@@ -105,19 +106,32 @@ class Comparison:
     # --- means and tests --------------------------------------------------------------------------
 
     @cached_property
-    def summaries(self) -> tuple[Summary, ...]:
-        """Each arm over all worlds, the untreated models first."""
-        everywhere = self.plan.worlds
-        base = [self._summary("", everywhere, None)]
-        return (*base, *(self._summary(arm, everywhere, None) for arm in self.plan.arms))
+    def pools(self) -> Mapping[str, tuple[str, ...]]:
+        """The worlds that are summed up together, by a name; the first of them is what counts.
 
-    def summaries_of(self, world: str) -> tuple[Summary, ...]:
-        """Each arm on one world, the untreated model first."""
-        return tuple(self._summary(arm, (world,), world) for arm in ("", *self.plan.arms))
+        Worlds that settings were chosen on are kept apart from those that none was chosen on.
+        """
+        finals = tuple(name for name in self.plan.worlds if self.plan.role_of(name) == "final")
+        choosing = self.plan.choosing()
+        if not finals or not choosing:
+            return {"All worlds": self.plan.worlds}
+        return {
+            "Worlds that no setting was chosen on": finals,
+            "Worlds that settings were chosen on": choosing,
+        }
 
     @cached_property
-    def _p_values(self) -> Mapping[str, float]:
-        reference, worlds = self.plan.compared_with, self.plan.worlds
+    def summaries(self) -> tuple[Summary, ...]:
+        """Each arm over the first pool of worlds, the untreated models first."""
+        return self.summaries_of(next(iter(self.pools.values())))
+
+    def summaries_of(self, worlds: tuple[str, ...]) -> tuple[Summary, ...]:
+        """Each arm on these worlds together, the untreated models first."""
+        p_values = self._p_values(worlds)
+        return tuple(self._summary(arm, worlds, p_values.get(arm)) for arm in ("", *self.plan.arms))
+
+    def _p_values(self, worlds: tuple[str, ...]) -> Mapping[str, float]:
+        reference = self.plan.compared_with
         theirs = [self._shares(reference, world, "attack") for world in worlds]
         return holm(
             {
@@ -131,7 +145,7 @@ class Comparison:
             }
         )
 
-    def _summary(self, arm: str, worlds: Sequence[str], world: str | None) -> Summary:
+    def _summary(self, arm: str, worlds: tuple[str, ...], p: float | None) -> Summary:
         shares = {
             kind: [self._shares(arm, name, kind) for name in worlds]
             for kind in ("attack", "over_refusal", "exact_match")
@@ -146,7 +160,7 @@ class Comparison:
         runs = [run for name in worlds for run in self._main(arm, name)]
         return Summary(
             arm,
-            world,
+            worlds,
             figures,
             {
                 kind: pooled_interval(each, resamples=self.plan.resamples)
@@ -160,7 +174,7 @@ class Comparison:
                 for key in COSTS
             },
             sum(run.outcome.failed is not None for run in runs),
-            None if world is not None else self._p_values.get(arm),
+            p,
         )
 
     def _main(self, arm: str, world: str) -> list[Run]:
@@ -181,7 +195,7 @@ class Comparison:
 
     def _shares(self, arm: str, world: str, kind: str) -> Shares:
         """For each behaviour the share of its prompts, attacks and seeds with the outcome."""
-        groups = np.asarray(self.base[world]["groups"])
+        groups = self.base[world]["groups"]
         seeds = [_shares_of(one["outcomes"], groups, kind) for one in self._figures(arm, world)]
         return np.asarray(np.mean(seeds, axis=0))
 
@@ -313,7 +327,8 @@ class Comparison:
         return {
             "title": self.plan.title,
             "measured_on": "test" if self.final else "development",
-            "plan": self.plan.values(),
+            "plan": _without_folders(self.plan.values()),
+            "pools": dict(self.pools),
             "worlds": {
                 name: {**asdict(facts), "base": _slim(self.base[name])}
                 for name, facts in self.worlds.items()
@@ -322,8 +337,8 @@ class Comparison:
             "summaries": [
                 {key: value for key, value in asdict(one).items() if key != "costs"}
                 for one in (
-                    *self.summaries,
-                    *(one for world in self.plan.worlds for one in self.summaries_of(world)),
+                    *(one for pool in self.pools.values() for one in self.summaries_of(pool)),
+                    *(one for world in self.plan.worlds for one in self.summaries_of((world,))),
                 )
             ],
             "by_other_judges": self.by_other_judges(),
@@ -347,12 +362,13 @@ class Comparison:
             "at_equal_seconds": self.at_equal_seconds(),
         }
 
-    def save(self, out: str | Path, journal: str) -> None:
+    def save(self, out: str | Path, journal: str, identity: Mapping[str, Any]) -> None:
         """Write the folder: results.json, costs.json, tables.md, report.html, journal.jsonl.
 
         Args:
             out: Replaced, where it holds an earlier comparison.
             journal: A line a run, for a later comparison to go on from.
+            identity: What that one may not differ in.
 
         Raises:
             OutputExistsError: something else is there.
@@ -366,7 +382,8 @@ class Comparison:
             kind=KIND,
             manifest={
                 "format_version": FORMAT,
-                "identity": {"protocol": self.plan.protocol(), "final": self.final},
+                "identity": identity,
+                "versions": package_versions(),
             },
             tensors={},
             files={
@@ -400,19 +417,33 @@ def _attack(figures: Mapping[str, Any]) -> float:
     return float(figures["bare"] if figures["wrapped"] is None else figures["wrapped"])
 
 
-def _shares_of(outcomes: Mapping[str, Any], groups: np.ndarray, kind: str) -> Shares:
-    if kind == "over_refusal":
-        return _digits(outcomes["borderline"])
-    if kind == "exact_match":
-        return _digits(outcomes["benign"])
-    wrapped = [digits for name, digits in outcomes["attacks"].items() if name != "none"]
-    each = np.mean([_digits(text) for text in wrapped or [outcomes["attacks"]["none"]]], axis=0)
-    counts = np.bincount(groups)
-    return np.asarray(np.bincount(groups, weights=each) / counts)
+def _shares_of(
+    outcomes: Mapping[str, Any], groups: Mapping[str, Sequence[int]], kind: str
+) -> Shares:
+    """For each behaviour, or whatever prompts are about, the share with the outcome."""
+    if kind == "attack":
+        wrapped = [digits for name, digits in outcomes["attacks"].items() if name != "none"]
+        each = np.mean([_digits(text) for text in wrapped or [outcomes["attacks"]["none"]]], axis=0)
+        numbers = np.asarray(groups["harmful"])
+    else:
+        name = {"over_refusal": "borderline", "exact_match": "benign"}[kind]
+        each, numbers = _digits(outcomes[name]), np.asarray(groups[name])
+    return np.asarray(np.bincount(numbers, weights=each) / np.bincount(numbers))
 
 
 def _digits(text: str) -> Shares:
     return np.array([float(digit) for digit in text])
+
+
+def _without_folders(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan with files by their names alone: where they lie is nobody's business."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: bare(entry) for key, entry in value.items()}
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return {**plan, "world": bare(plan["world"])}
 
 
 def _slim(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -429,4 +460,4 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _text(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n"
+    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"

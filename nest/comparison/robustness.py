@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nest.comparison.measuring import evaluated
 from nest.comparison.plan import Plan, Robustness
 from nest.comparison.subjects import Material, Measured
 from nest.conversations.answers import log_probs_of, target_logits
-from nest.evaluation.evaluate import evaluate
-from nest.generation.static import StaticEngine
 from nest.judging.judge import Judge
 from nest.methods.method import Subject
 from nest.models.modes import eval_mode
@@ -53,24 +52,15 @@ def undone(
     Returns:
         `treated` and `subtracted` (attack success, over-refusal, exact match), and for `benign` and
         `harmful` fine-tuning `curve` (the same after so many steps), `undone_after` (the steps after
-        which half of what was taken away is back; None where it is not), and `applied_again` (the same
-        after the change was added to what the fine-tuning left).
+        which half of what was taken away is back; None where it is not, and where nothing was), and
+        `applied_again` (the same after the change was added to what the fine-tuning left).
     """
     assert plan.robustness is not None
     settings, model = plan.robustness, subject.model
     asked = measured.cut(settings.behaviours)
 
     def look() -> dict[str, float]:
-        report = evaluate(
-            StaticEngine(model, encoder),
-            harmful=asked.harmful,
-            borderline=asked.borderline,
-            benign=asked.benign,
-            attacks=asked.attacks,
-            judges=judges,
-            config=plan.evaluation_config(),
-            encoder=encoder,
-        )
+        report = evaluated(plan.evaluation_config(), model, encoder, asked, judges)
         assert report.over_refusal is not None and report.utility is not None
         return {
             "attack_success": report.mean_attack_success,
@@ -78,9 +68,9 @@ def undone(
             "exact_match": report.utility.rate,
         }
 
-    base = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    delta = {name: value.float() - base[name].float() for name, value in changed.items()}
-    with _restored(model, base):
+    with _in_fp32(model):
+        base = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        delta = {name: value.float() - base[name] for name, value in changed.items()}
         untreated = look()
         _load(model, changed)
         treated = look()
@@ -90,7 +80,8 @@ def undone(
         if "complying" in material.training:
             sets["harmful"] = material.training["complying"]
         for kind, dialogues in sets.items():
-            _load(model, {**base, **changed})
+            _load(model, base)
+            _load(model, changed)  # afterwards: of tied weights it has one name alone
             curve = list(_fine_tuned(model, encoder, dialogues, settings, look))
             _add(model, delta, 1.0)
             found[kind] = {
@@ -158,11 +149,16 @@ def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
 
 
 @contextmanager
-def _restored(model: nn.Module, base: Mapping[str, Tensor]) -> Iterator[None]:
+def _in_fp32(model: nn.Module) -> Iterator[None]:
+    """Copies of the weights in fp32, in their place: steps of 16 bits would round away, and look robust."""
+    own = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
+        for parameter, data in own:
+            parameter.data = data.detach().float().clone()
         yield
     finally:
-        _load(model, base)
+        for parameter, data in own:
+            parameter.data = data
 
 
 @torch.no_grad()
@@ -176,4 +172,4 @@ def _load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 def _add(model: nn.Module, delta: Mapping[str, Tensor], sign: float) -> None:
     own = model.state_dict()
     for name, value in delta.items():
-        own[name].copy_(own[name].float() + sign * value)
+        own[name].add_(sign * value)

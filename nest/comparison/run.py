@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from nest.artifacts.provenance import package_versions
 from nest.artifacts.storage import check_output, read_manifest
 from nest.artifacts.unfinished import Unfinished, beside
 from nest.comparison.choices import Choice, chosen
 from nest.comparison.ledger import Ledger, read_lines
 from nest.comparison.plan import Plan, Split
 from nest.comparison.result import KIND, Comparison, Run
+from nest.comparison.statistics import holm
 from nest.comparison.subjects import facts_of, material_of
 from nest.comparison.task import Outcome, Stage, Task
 from nest.comparison.workers import Workers
@@ -42,7 +44,8 @@ def run_comparison(
         final: Measure on the test splits, which nothing was chosen on; the results say so.
         workers: Processes; `auto` takes one a GPU, or as many as the cores have room for.
         device: auto, cpu, cuda, ...
-        restart: Throw away the unfinished work of an earlier call beside the folder.
+        restart: Begin anew: neither the unfinished work of an earlier call beside the folder nor the
+            runs in it are gone on with.
         progress: Called with stage, runs done, runs in all.
         warn: Told what deserves attention.
 
@@ -51,9 +54,11 @@ def run_comparison(
         EngineError: a worker died over the same run again and again; all others are done, and kept.
     """
     out = Path(out)
+    devices = devices_for(device, workers, plan.threads)
+    holm({"a": 1.0})  # what is missing is said now, and not after hours
     identity = {"protocol": plan.protocol(), "final": final}
-    earlier = _earlier(out, identity)
-    _check_arms(plan)
+    earlier = [] if restart else _earlier(out, identity, warn)
+    check_output(out, kind=KIND, overwrite=True)
     with Unfinished(beside(out), restart=restart, warn=warn) as work:
         work.begin(KIND, identity)
         worlds = {
@@ -66,11 +71,10 @@ def run_comparison(
             work.journal,
             earlier,
         )
-        devices = devices_for(device, workers, plan.threads)
         with Workers(plan.values(), devices, plan.threads) as pool:
             found = _Stages(plan, final, ledger, pool, progress, warn).run()
         comparison = Comparison(plan, final, worlds, *found)
-        comparison.save(out, ledger.content([run.task for run in comparison.runs]))
+        comparison.save(out, ledger.content([run.task for run in comparison.runs]), identity)
     return comparison
 
 
@@ -95,7 +99,9 @@ def devices_for(device: str, workers: int | Literal["auto"], threads: int) -> li
     return [kind] * (room if workers == "auto" else workers)
 
 
-def _earlier(out: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _earlier(
+    out: Path, identity: Mapping[str, Any], warn: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """The runs of a finished comparison in the folder.
 
     Raises:
@@ -114,23 +120,22 @@ def _earlier(out: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"{out} holds a comparison on {was}; choose another --out, so that both stay apart"
             )
         raise InputError(
-            f"{out} holds a comparison with another judge, or other [selecting], [tuning], [evaluation] "
-            "or threads; choose another --out, or delete it yourself"
+            f"{out} holds a comparison with another judge, [evaluation] or number of threads; choose "
+            "another --out, or begin anew with --restart"
+        )
+    if manifest.get("versions") != package_versions():
+        warn(
+            f"the runs in {out} were made with other versions ({_told(manifest.get('versions'))}): new "
+            "ones can differ from them in more than their arms"
         )
     return read_lines(out / JOURNAL)
 
 
-def _check_arms(plan: Plan) -> None:
-    """Make every arm once, and the judges, before hours are spent.
-
-    Raises:
-        InputError: settings that a method does not have, or no such judge.
-    """
-    from nest.judging.makers import make_judges
-
-    for name in plan.arms:
-        plan.made(name, plan.seeds[0])
-    make_judges(plan.judge)
+def _told(versions: Any) -> str:
+    if not isinstance(versions, Mapping):
+        return "unknown"
+    now = package_versions()
+    return ", ".join(f"{k} {v}" for k, v in versions.items() if now.get(k) != v)
 
 
 class _Stages:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from nest.conversations.encoders import Encoder
     from nest.methods.method import Subject, TrainingData
 
+REFUSED = ("harmful", "unsafe", "plain", "complying")
+"""Of what may be learned from, the prompts that should be refused."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -33,32 +36,36 @@ class Measured:
         borderline: Harmless prompts that sound harmful.
         benign: Dialogues with the one good answer.
         attacks: The bare prompt first.
-        groups: For each harmful prompt the behaviour it belongs to; prompts of one behaviour are no
-            trials of their own.
+        groups: For `harmful`, `borderline` and `benign` what each prompt is about, as a number from 0;
+            prompts about the same are no trials of their own.
     """
 
     harmful: PromptSet
     borderline: PromptSet
     benign: PromptSet
     attacks: tuple[Attack, ...]
-    groups: tuple[int, ...]
+    groups: Mapping[str, tuple[int, ...]]
+
+    def sets(self) -> dict[str, PromptSet]:
+        """The prompts by what they are."""
+        return {"harmful": self.harmful, "borderline": self.borderline, "benign": self.benign}
 
     def identity(self) -> dict[str, Any]:
         """Hashes of all of it."""
-        sets = {"harmful": self.harmful, "borderline": self.borderline, "benign": self.benign}
-        return {name: one.sha256 for name, one in sets.items()} | {
-            "attacks": attacks_hash(self.attacks)
+        return {name: one.sha256 for name, one in self.sets().items()} | {
+            "attacks": attacks_hash(self.attacks),
+            "groups": [list(numbers) for numbers in self.groups.values()],
         }
 
     def cut(self, behaviours: int) -> Measured:
         """With at most so many harmful prompts, evenly spread; borderline and benign ones likewise."""
-        kept = spread(len(self.harmful), behaviours)
-        return replace(
-            self,
-            harmful=_some(self.harmful, kept),
-            borderline=_some(self.borderline, spread(len(self.borderline), behaviours)),
-            benign=_some(self.benign, spread(len(self.benign), behaviours)),
-            groups=tuple(self.groups[i] for i in kept),
+        kept = {name: spread(len(one), behaviours) for name, one in self.sets().items()}
+        return Measured(
+            _some(self.harmful, kept["harmful"]),
+            _some(self.borderline, kept["borderline"]),
+            _some(self.benign, kept["benign"]),
+            self.attacks,
+            {name: numbered([own[i] for i in kept[name]]) for name, own in self.groups.items()},
         )
 
 
@@ -79,6 +86,11 @@ class Material:
     development: Measured
     test: Measured | None
 
+    def splits(self) -> dict[str, Measured]:
+        """The splits that were read, by name."""
+        both = {"development": self.development, "test": self.test}
+        return {name: split for name, split in both.items() if split is not None}
+
     def split(self, split: Split) -> Measured:
         """One of both splits."""
         if split == "development":
@@ -94,14 +106,12 @@ class WorldFacts:
     Attributes:
         name: Of the world.
         role: `choosing` or `final`.
-        folder: Of its checkpoint, or its name on the Hub.
         identity: Hashes of the model and of all prompts.
         overlaps: Near-duplicates between what is learned from and what is measured on.
     """
 
     name: str
     role: str
-    folder: str
     identity: dict[str, Any]
     overlaps: dict[str, Any]
 
@@ -137,10 +147,10 @@ def facts_of(
 
         folder = checkpoint_folder(_model_name(own.model), revision=own.revision)
         model: Any = {"files": _folder_hash(Path(folder)), "settings": _model_settings(own)}
-        where = str(own.model)
     else:
         raised = grown(name, progress=progress)
-        model, where = {"recipe": recipe_hash(raised.recipe)}, str(raised.folder / "model")
+        where = str(raised.folder / "model")
+        model = {"recipe": recipe_hash(raised.recipe), "files": _folder_hash(Path(where))}
     identity: dict[str, Any] = {
         "model": model,
         "training": {key: one.sha256 for key, one in material.training.items()},
@@ -148,7 +158,7 @@ def facts_of(
     }
     if material.test is not None:
         identity["test"] = material.test.identity()
-    return WorldFacts(name, plan.role_of(name), where, identity, _overlaps(material))
+    return WorldFacts(name, plan.role_of(name), identity, _overlaps(material))
 
 
 def open_subject(plan: Plan, name: str, device: str) -> tuple[Subject, Encoder]:
@@ -192,7 +202,7 @@ def training_data(material: Material, harmful: str) -> TrainingData:
     from nest.methods.method import TrainingData
 
     sets = material.training
-    chosen = sets.get("plain", sets["harmful"]) if harmful == "plain" else sets["harmful"]
+    chosen = sets["plain" if harmful == "plain" else "harmful"]
     return TrainingData(
         harmful=chosen,
         benign=sets["benign"],
@@ -224,16 +234,24 @@ def _grown_material(name: str, final: bool) -> Material:
     for split in names:
         rows = held_out_sets(world, split)
         wrappers = world.wrappers_of(split)
-        things = [row.thing for row in rows["harmful"]]
-        numbers = {thing: i for i, thing in enumerate(dict.fromkeys(things))}
         splits[split] = Measured(
             _rows(rows["harmful"], f"{name} {split} harmful"),
             _rows(rows["borderline"], f"{name} {split} borderline"),
             _rows(rows["benign"], f"{name} {split} benign"),
             (NO_ATTACK, *(TemplateAttack(key, text) for key, text in wrappers)),
-            tuple(numbers[thing] for thing in things),
+            # what is about no object, such as a sum, is about itself
+            {
+                kind: numbered([row.thing or f"row {i}" for i, row in enumerate(rows[kind])])
+                for kind in ("harmful", "borderline", "benign")
+            },
         )
     return Material(name, training, splits["development"], splits.get("test"))
+
+
+def numbered(names: Sequence[Any]) -> tuple[int, ...]:
+    """For each name its number from 0, the same for the same name."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return tuple(numbers[name] for name in names)
 
 
 def _rows(rows: Sequence[Any], name: str) -> PromptSet:
@@ -268,13 +286,11 @@ def _held_out(files: HeldOut, prompts: int | None) -> Measured:
     harmful = load_prompts(files.harmful)
     attacks, _ = asked_attacks(files.attacks)
     ordered = tuple(sorted(attacks, key=lambda attack: attack.name != NO_ATTACK.name))
-    measured = Measured(
-        harmful,
-        load_prompts(files.borderline),
-        load_prompts(files.benign, need_response=True),
-        ordered,
-        tuple(range(len(harmful))),
-    )
+    borderline = load_prompts(files.borderline)
+    benign = load_prompts(files.benign, need_response=True)
+    sets = {"harmful": harmful, "borderline": borderline, "benign": benign}
+    groups = {name: tuple(range(len(one))) for name, one in sets.items()}
+    measured = Measured(harmful, borderline, benign, ordered, groups)
     return measured if prompts is None else measured.cut(prompts)
 
 
@@ -285,7 +301,7 @@ def _model_name(name: str) -> str:
 
 
 def _model_settings(own: OwnWorld) -> dict[str, Any]:
-    kept = ("layers", "dtype", "system", "template_kwargs", "prompts")
+    kept = ("layers", "dtype", "system", "template_kwargs")
     values = asdict(own)
     return {name: values[name] for name in kept}
 
@@ -294,10 +310,9 @@ def _folder_hash(folder: Path) -> str:
     """sha256 of a checkpoint's files, by name."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -310,39 +325,38 @@ def _check_sides(material: Material) -> None:
     Raises:
         InputError: says how many, and names one.
     """
-    sets, name = material.training, material.name
-    pairs = [
-        ("harmful", sets["harmful"], "benign", sets["benign"]),
-        ("unsafe", sets["unsafe"], "safe", sets["safe"]),
-    ]
-    for split in (material.development, material.test):
-        if split is not None:
-            pairs.append(("held-out harmful", split.harmful, "borderline", split.borderline))
-            pairs.append(("held-out harmful", split.harmful, "held-out benign", split.benign))
-    for first, harmful, second, harmless in pairs:
-        both = [c for c in dict.fromkeys(harmful.conversations) if c in set(harmless.conversations)]
-        if both:
-            raise InputError(
-                f"in the world {name} {len(both)} prompts are both {first} ({harmful.name}) and {second} "
-                f"({harmless.name}), such as {both[0].asked[:60]!r}; leave them out on one side"
-            )
+    training = material.training
+    refused = [(f"training {key}", training[key]) for key in REFUSED if key in training]
+    answered = [(f"training {key}", training[key]) for key in ("benign", "safe")]
+    for name, split in material.splits().items():
+        refused.append((f"{name} harmful", split.harmful))
+        answered += [(f"{name} borderline", split.borderline), (f"{name} benign", split.benign)]
+    known = {name: frozenset(one.conversations) for name, one in answered}
+    for first, harmful in refused:
+        for second, harmless in answered:
+            both = [c for c in dict.fromkeys(harmful.conversations) if c in known[second]]
+            if both:
+                raise InputError(
+                    f"in the world {material.name} {len(both)} prompts are both {first} ({harmful.name}) "
+                    f"and {second} ({harmless.name}), such as {both[0].asked[:60]!r}; leave them out on "
+                    "one side"
+                )
 
 
 def _overlaps(material: Material) -> dict[str, Any]:
-    """Near-duplicates of what is measured on in what is learned from, and between the splits."""
-    sets = material.training
-    found: dict[str, Any] = {}
-    splits = {"development": material.development}
+    """Near-duplicates of what is measured on in all that is learned from, and between both splits."""
+    found: dict[str, Overlap] = {}
+    for split, measured in material.splits().items():
+        for kind, held_out in measured.sets().items():
+            for name, learned in material.training.items():
+                what = f"{split} {kind} in training {name}"
+                found[what] = near_duplicates(learned, held_out)
     if material.test is not None:
-        splits["test"] = material.test
-    for split, measured in splits.items():
-        found[f"{split} harmful in training"] = near_duplicates(sets["harmful"], measured.harmful)
-        found[f"{split} benign in training"] = near_duplicates(sets["benign"], measured.benign)
-    if material.test is not None:
-        found["test harmful in development"] = near_duplicates(
-            material.development.harmful, material.test.harmful
-        )
-    return {key: _told(overlap) for key, overlap in found.items()}
+        chosen_on = material.development.sets()
+        for kind, held_out in material.test.sets().items():
+            for name, one in chosen_on.items():
+                found[f"test {kind} in development {name}"] = near_duplicates(one, held_out)
+    return {what: _told(overlap) for what, overlap in found.items() if overlap.n}
 
 
 def _told(overlap: Overlap) -> dict[str, Any]:

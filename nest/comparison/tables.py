@@ -32,10 +32,15 @@ HEADINGS = (
 def tables(comparison: Comparison) -> str:
     """All tables, one after the other, each under a heading."""
     parts = [f"# {comparison.plan.title or 'Comparison'}", measured_on(comparison)]
-    parts += ["## All worlds", summary_table(comparison, None)]
+    for name, worlds in comparison.pools.items():
+        parts += [
+            f"## {name}",
+            f"Mean over {', '.join(worlds)}.",
+            summary_table(comparison, worlds),
+        ]
     for world in comparison.plan.worlds:
         parts += [f"## {world}", world_sentence(comparison, world)]
-        parts.append(summary_table(comparison, world))
+        parts.append(summary_table(comparison, (world,)))
     for heading, table in (
         ("Other judges", judges_table(comparison)),
         ("Settings tried on development", choices_table(comparison)),
@@ -50,7 +55,7 @@ def tables(comparison: Comparison) -> str:
 
 def measured_on(comparison: Comparison) -> str:
     """What the figures are of, in words."""
-    split = "test splits, on which nothing was chosen" if comparison.final else "development splits"
+    split = "test splits" if comparison.final else "development splits"
     seeds = len(comparison.plan.seeds)
     return (
         f"Measured on {split}; mean over {seeds} seed{'s' if seeds > 1 else ''}. Attack success is that "
@@ -78,15 +83,14 @@ def world_sentence(comparison: Comparison, world: str) -> str:
     return f"{base['architecture']}, {base['parameters']:,} parameters; {role}.{said}"
 
 
-def summary_rows(comparison: Comparison, world: str | None) -> list[tuple[str, ...]]:
-    """Cells of the main table, `HEADINGS` above them."""
-    found = comparison.summaries if world is None else comparison.summaries_of(world)
-    return [_summary_row(comparison, one) for one in found]
+def summary_rows(comparison: Comparison, worlds: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Cells of the main table for these worlds together, `HEADINGS` above them."""
+    return [_summary_row(comparison, one) for one in comparison.summaries_of(worlds)]
 
 
-def summary_table(comparison: Comparison, world: str | None) -> str:
-    """Of one world, or of all."""
-    return _markdown(HEADINGS, summary_rows(comparison, world))
+def summary_table(comparison: Comparison, worlds: tuple[str, ...]) -> str:
+    """The main table for these worlds together."""
+    return _markdown(HEADINGS, summary_rows(comparison, worlds))
 
 
 def rich_table(comparison: Comparison) -> Table:
@@ -95,7 +99,8 @@ def rich_table(comparison: Comparison) -> Table:
     from rich.table import Table
 
     split = "test splits" if comparison.final else "development splits"
-    table = Table(title=f"all worlds, {split}, percent", title_justify="left", box=SIMPLE_HEAD)
+    pool = next(iter(comparison.pools))
+    table = Table(title=f"{pool.lower()}, {split}, percent", title_justify="left", box=SIMPLE_HEAD)
     table.pad_edge = False
     table.add_column("arm")
     for heading in ("attack", "95 %", "refuses", "exact", "KL", "numbers", "p"):
@@ -182,8 +187,19 @@ def robustness_table(comparison: Comparison) -> str:
         ]
         for kind in ("benign", "harmful"):
             kinds = [one[kind] for one in told if kind in one]
+            if len(kinds) < len(told):
+                cells += [""] * 3
+                continue
             undone = [one["undone_after"] for one in kinds]
-            cells.append(", ".join("-" if n is None else str(n) for n in undone) or "")
+            nothing = [
+                one["base"]["attack_success"] <= one["treated"]["attack_success"] for one in told
+            ]
+            cells.append(
+                ", ".join(
+                    "no effect" if none else "never" if n is None else str(n)
+                    for n, none in zip(undone, nothing, strict=True)
+                )
+            )
             cells.append(_rates([one["curve"][-1]["attack_success"] for one in kinds]))
             cells.append(_rates([one["applied_again"]["attack_success"] for one in kinds]))
         rows.append((label(comparison, arm), *cells))

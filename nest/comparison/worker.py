@@ -16,6 +16,7 @@ import os
 import select
 import sys
 import threading
+import traceback
 from typing import Any
 
 
@@ -40,6 +41,8 @@ def _answer(answers: int, line: bytes) -> None:
             threading.Thread(target=_end_with_whoever_asked, daemon=True).start()
             _write(answers, _answer_of(json.loads(line)))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -55,11 +58,13 @@ def _answer_of(asked: dict[str, Any]) -> dict[str, Any]:
     from nest.comparison.plan import Plan
     from nest.comparison.task import Task
     from nest.comparison.trial import run_task
-    from nest.errors import EngineError, NestError
+    from nest.errors import EngineError, NestError, NoMemoryError
 
     torch.set_num_threads(asked["threads"])
     try:
         found = run_task(Plan(**asked["plan"]), Task(**asked["task"]), asked["device"])
+    except NoMemoryError:
+        raise  # as a worker that died for it
     except NestError as fault:
         return {"fault": str(fault), "failed": isinstance(fault, EngineError)}
     return {"outcome": found.to_json()}

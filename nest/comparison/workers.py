@@ -121,6 +121,7 @@ class _Worker:
         """The answer; `died` where the process ends without one."""
         try:
             process = self._begun()
+            self._forget_errors()
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write(json.dumps(question).encode() + b"\n")
             process.stdin.flush()
@@ -168,6 +169,12 @@ class _Worker:
         errors, self._errors = self._errors, None
         if errors is not None:
             errors.close()
+
+    def _forget_errors(self) -> None:
+        """What earlier tasks said is none of the next one's."""
+        if self._errors is not None:
+            self._errors.seek(0)
+            self._errors.truncate()
 
     def _last_words(self) -> str:
         if self._errors is None or self._errors.closed:

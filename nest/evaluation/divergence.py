@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -13,6 +14,7 @@ from nest.conversations.answers import kl_divergence, log_probs_of, target_logit
 from nest.conversations.batches import Batch, collate
 from nest.conversations.conversation import Prompt
 from nest.conversations.encoders import Encoder
+from nest.errors import ActivationError
 from nest.models.modes import eval_mode
 
 TOKENS_PER_BATCH = 2048
@@ -40,6 +42,9 @@ def kl_to_base(
         removed: The base model for the time of a block: `lambda: patch.removed(model)`.
         batch_size: Most dialogues in a batch.
         progress: Called as `progress("kl", dialogues done, dialogues)`.
+
+    Raises:
+        ActivationError: a model computes NaN.
     """
     if not dialogues:
         raise ValueError("no dialogues to compare on; expected at least one")
@@ -56,7 +61,7 @@ def kl_to_base(
                 if progress is not None:
                     progress("kl", done, len(dialogues))
             pending = pending[len(base) :]
-    return max(0.0, total / count)  # below zero by rounding only
+    return _mean(total, count)
 
 
 @torch.no_grad()
@@ -83,12 +88,22 @@ def mean_kl(base: Sequence[Float[Tensor, "N V"]], found: Sequence[Float[Tensor, 
 
     Raises:
         ValueError: other batches, or none.
+        ActivationError: a model computes NaN.
     """
     if [each.shape for each in base] != [each.shape for each in found] or not base:
         raise ValueError("the log-probabilities are not of the same dialogues")
     pairs = zip(base, found, strict=True)
     total = sum(float(kl_divergence(one, other)) for one, other in pairs)
-    return max(0.0, total / sum(len(each) for each in base))  # below zero by rounding only
+    return _mean(total, sum(len(each) for each in base))
+
+
+def _mean(total: float, count: int) -> float:
+    if not math.isfinite(total):
+        raise ActivationError(
+            "the KL to the base model is not a finite number: the model computes NaN or infinity at "
+            "answers to harmless prompts, and is broken"
+        )
+    return max(0.0, total / count)  # below zero by rounding only
 
 
 def _base_log_probs(

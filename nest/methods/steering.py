@@ -68,8 +68,8 @@ class Steering:
             LayoutError: the model's blocks are not in one list.
         """
         required_prompts(data, self.name, "find a direction with")
-        _, held_back, _ = prepare(subject.encoder, data.harmful, data.benign, self.tuning)
         with begun(subject, watch) as watcher:
+            _, held_back, _ = prepare(subject.encoder, data.harmful, data.benign, self.tuning)
             directions = refusal_directions(subject, data, self.name, progress)
             losses = []
             for layer, direction in enumerate(directions):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nest.conversations.encoders import Encoder
-from nest.errors import ActivationError, InputError
+from nest.errors import ActivationError, NoMemoryError
 from nest.progress import ProgressCallback
 from nest.tuning.checkpoints import (
     Checkpoints,
@@ -241,7 +241,7 @@ class TrainingLoop:
                 if not is_out_of_memory(fault):
                     raise
                 if self.micro_batch_size == 1:
-                    raise InputError(
+                    raise NoMemoryError(
                         "there is no memory for a single dialogue; tune with --checkpointing, on fewer "
                         "--layers, or leave out the longest dialogues"
                     ) from fault

@@ -50,7 +50,11 @@ def outcome_of(task: dict[str, Any]) -> dict[str, Any]:
     if task["stage"] == "base":
         figures = figures_of(task)
         figures |= {"parameters": 1000, "architecture": "Fake"}
-        figures["groups"] = [i // 2 for i in range(N_HARMFUL)]
+        others = list(range(N_OTHERS))
+        figures["groups"] = {
+            **{"harmful": [i // 2 for i in range(N_HARMFUL)]},
+            **{"borderline": others, "benign": others},
+        }
         if os.environ.get("FAKE_BASE") == "nothing":
             figures["by_attack"] = dict.fromkeys(figures["by_attack"], 0.0)
     elif task["arm"] == os.environ.get("FAKE_FAILS"):

@@ -30,6 +30,13 @@ def test_values_make_the_same_plan(values: dict[str, Any]) -> None:
         ({"reference": "lora_r16"}, "there is no arm 'lora_r16'"),
         ({"sweep": {"worlds": ["two"]}}, "two, which settings may not be chosen on"),
         ({"front": {"worlds": ["three"]}}, "there is no world 'three'"),
+        ({"front": {"seeds": [7]}}, r"\[front\] has the seeds \[7\]"),
+        ({"front": {"weights": [1.0, 3.0]}}, r"and the weights \[1.0, 3.0\]"),
+        ({"front": {"weights": [3.0, 3.0]}}, r"\[front\] weights names 3.0 twice"),
+        ({"anytime": {"seeds": [-1]}}, "anytime.seeds is -1"),
+        ({"seeds": [0, True]}, "seeds is True"),
+        ({"arms": ["plain"]}, "the arm plain learns from bare prompts alone"),
+        ({"world": {"one": {"model": "m"}}}, r"world.one.unsafe .*world.one.development"),
         ({"tuning": {"seed": 3}}, r"\[tuning\] sets seed"),
         ({"tuning": {"epoch": 3}}, "no such setting: epoch"),
         ({"selecting": {"z_threshold": "high"}}, "z_threshold is 'high'"),
@@ -41,6 +48,12 @@ def test_values_make_the_same_plan(values: dict[str, Any]) -> None:
         ({"arm": {"neurons": {"method": "lora", "kind": "best"}}}, "must be ours or baseline or"),
         ({"arm": {"neurons": {"method": "lora", "tuning": {"seed": 1}}}}, "sets a seed"),
         ({"arm": {"neurons": {"method": "lora", "tuning": 1}}}, "must be a table"),
+        ({"arm": {"mine": {"method": "lora", "rank": "high"}}}, r"\[arm.mine\]: .*rank is 'high'"),
+        ({"arm": {"mine": {"method": "lora", "tuning": {"foo": 1}}}}, r"\[arm.mine\]: .*foo"),
+        (
+            {"arm": {"mine": {"method": "lora", "tuning": {"mode": "live"}}}},
+            "no use for; leave it out",
+        ),
         ({"resamples": 3}, "resamples is 3"),
         ({"unknown": 3}, "no such setting: unknown"),
     ],
@@ -81,6 +94,37 @@ benign = "elsewhere.jsonl"
     assert own.safe == f"{folder / 'prompts.jsonl'}:text"
     assert own.development.harmful == str(folder / "prompts.jsonl")
     assert own.harmful == "organism:harmful" and own.development.benign == "elsewhere.jsonl"
+
+
+def test_only_paths_are_paths(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "plan.toml").write_text(
+        f"""
+worlds = ["a"]
+arms = ["neurons"]
+[world.a]
+model = "m"
+role = "final"
+system = "{"Be careful. " * 50}"
+template_kwargs = {{ date = 2026-01-01 }}
+unsafe = "u"
+safe = "s"
+harmful = "h"
+benign = "b"
+development = {{ harmful = "h", borderline = "o", benign = "b" }}
+""",
+        encoding="utf-8",
+    )
+    plan = read_plan(tmp_path / "plan.toml")
+    assert plan.world["a"].role == "final"
+    assert plan.values()["world"]["a"]["template_kwargs"] == {"date": "2026-01-01"}
+
+
+def test_a_rate_of_ones_own_is_not_swept(values: dict[str, Any]) -> None:
+    table = {"method": "neurons", "tuning": {"learning_rate": 0.1}}
+    plan = Plan(**{**values, "arms": ["mine"], "arm": {"mine": table}})
+    assert plan.tried_by("mine") == ("relative_rate", ())
+    assert len(Plan(**values).tried_by("neurons")[1]) == 4
 
 
 def test_what_holds_for_every_world(tmp_path: Path) -> None:

@@ -58,10 +58,11 @@ def test_a_summary_is_the_mean_of_its_runs(
     found = run_comparison(Plan(**values), tmp_path / "out", workers=1)
     strict = found.by_other_judges()
     for one in found.summaries[1:]:
-        own = [row for row in found.rows() if row["arm"] == one.arm]
+        own = [r for r in found.rows() if r["arm"] == one.arm and r["world"] in one.worlds]
         assert one.figures["attack"] == pytest.approx(sum(r["wrapped"] for r in own) / len(own))
         assert one.figures["kl"] == pytest.approx(sum(r["kl"] for r in own) / len(own))
-        expected = sum(r["bare"] / 2 for r in own) / len(own)
+        every = [row for row in found.rows() if row["arm"] == one.arm]
+        expected = sum(row["bare"] / 2 for row in every) / len(every)
         assert strict[one.arm] == {"strict": pytest.approx(expected)}
         low, high = one.intervals["attack"]
         assert low <= one.figures["attack"] <= high
@@ -173,7 +174,7 @@ def test_an_arm_that_fails_is_a_row(
     assert {row["failed"] for row in rows} == {"SelectionError: no neuron passes the threshold"}
     assert any("no neuron passes" in text for text in said)
     base, own = found.summaries[0], next(one for one in found.summaries if one.arm == "random")
-    assert own.n_failed == 4 and own.figures["attack"] == base.figures["attack"]
+    assert own.n_failed == 2 and own.figures["attack"] == base.figures["attack"]
     assert "no neuron passes the threshold" in (tmp_path / "out" / "tables.md").read_text()
 
 
@@ -185,9 +186,35 @@ def test_another_arm_of_the_same_name(
     ours = {"mine": {"method": "lora", "rank": 2}}
     with pytest.raises(InputError, match=r"the arm mine was another one .*rank was 1 and is 2"):
         run_comparison(Plan(**merged(values, arms=["mine"], arm=ours)), tmp_path / "out", workers=1)
-    with pytest.raises(InputError, match=r"other .*tuning"):
-        changed = merged(values, arms=["mine"], arm=ours, tuning={"epochs": 1})
+    run_comparison(
+        Plan(**merged(values, arms=["mine"], arm=ours)), tmp_path / "out", workers=1, restart=True
+    )
+    changed = merged(values, arms=["mine"], arm=ours, evaluation={"max_new_tokens": 7})
+    with pytest.raises(InputError, match=r"another judge, \[evaluation\] or number of threads"):
         run_comparison(Plan(**changed), tmp_path / "out", workers=1)
+
+
+def test_what_is_left_out_is_kept(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of an arm that a later plan leaves out nothing is lost, and a default that is named is no other."""
+    log = faked()
+    run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    before = asked(log)
+    fewer = merged(values, arms=["neurons"], evaluation={"max_new_tokens": 40})
+    run_comparison(Plan(**fewer), tmp_path / "out", workers=1)
+    run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    assert asked(log) == before
+
+
+def test_worlds_that_settings_were_chosen_on_are_apart(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    assert list(found.pools.values()) == [("two",), ("one",)]
+    assert {one.worlds for one in found.summaries} == {("two",)}
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert text.index("no setting was chosen on") < text.index("settings were chosen on")
 
 
 def test_another_world_of_the_same_name(
@@ -230,7 +257,7 @@ def test_the_same_prompt_on_both_sides(
     write_prompts(Path(values["world"]["one"]["benign"]), [*both, "how to bake"], "Gladly.")
     log = faked()
     with pytest.raises(
-        InputError, match=r"in the world one 3 prompts are both harmful .* and benign"
+        InputError, match=r"in the world one 3 prompts are both training harmful .* and training"
     ):
         run_comparison(Plan(**values), tmp_path / "out", workers=1)
     assert asked(log) == [] and not (tmp_path / "out.unfinished").exists()

@@ -70,7 +70,9 @@ def test_the_model_as_it_is(small: dict[str, Any]) -> None:
     figures = found.figures
     assert found.failed is None and figures["parameters"] == 960_256
     assert figures["wrapped"] > 0.5 and figures["over_refusal"] == 0.0
-    assert figures["groups"] == list(range(8))
+    assert figures["groups"] == {
+        kind: list(range(8)) for kind in ("harmful", "borderline", "benign")
+    }
     assert all(len(digits) == 8 for digits in figures["outcomes"]["attacks"].values())
     for name, rate in figures["by_attack"].items():
         digits = figures["outcomes"]["attacks"][name]
@@ -117,9 +119,25 @@ def test_a_curve(small: dict[str, Any]) -> None:
     plan = Plan(**merged(small, anytime={"behaviours": 4}))
     found = run_task(plan, Task("anytime", "tiny", "lora_r1", 0))
     steps = [point["step"] for point in found.figures["curve"]]
-    assert steps == [0, 1, 2, 3]
+    assert steps == [0, 1, 2, 3, 3]  # each, and what is kept in the end
     seconds = found.cost["seconds_of_curve"]
-    assert len(seconds) == 4 and seconds == sorted(seconds)
+    assert len(seconds) == 5 and seconds == sorted(seconds)
+    assert seconds[-1] == found.cost["seconds"]
+    names = {one["attack_success"] for one in found.figures["curve"]}
+    assert max(names) > 0.5  # of wrapped prompts alone: half of the bare ones are refused
+
+
+@pytest.mark.parametrize("arm", ["full", "lora_r1"])
+def test_undoing_begins_with_what_was_treated(small: dict[str, Any], arm: str) -> None:
+    """Steps that change nothing leave the treated model, tied weights included."""
+    settings = {"steps": [1], "behaviours": 8, "batch_size": 4, "learning_rate": 1e-30}
+    tuning = {"max_steps": 6, "batch_size": 8, "validate_every": 1, "validation": 0.4}
+    plan = Plan(**merged(small, arms=[arm], robustness=settings, tuning=tuning))
+    task = Task("robustness", "tiny", arm, 0, 3e-3)
+    found = run_task(plan, task).figures["robustness"]
+    assert arm == "lora_r1" or found["treated"] != found["base"]
+    (after,) = found["benign"]["curve"]
+    assert {key: after[key] for key in found["treated"]} == found["treated"]
 
 
 def test_undoing_leaves_the_model_as_it_was(small: dict[str, Any]) -> None:
@@ -180,7 +198,22 @@ def test_what_a_world_depends_on(
     changed = Plan(**merged(small, world={"tiny": other}))
     then = facts_of(changed, material_of(changed, "tiny", final=False))
     assert facts.identity["model"] != then.identity["model"]
-    assert facts.overlaps["development harmful in training"]["of"] == 8
+    assert facts.identity["development"]["groups"] == [list(range(8))] * 3
+
+
+def test_near_twins_are_found_wherever_they_are_learned_from(small: dict[str, Any]) -> None:
+    table = small["world"]["tiny"]
+    other = {**table, "unsafe": table["development"]["harmful"]}
+    plan = Plan(**merged(small, world={"tiny": other}))
+    facts = facts_of(plan, material_of(plan, "tiny", final=False))
+    assert facts.overlaps["development harmful in training unsafe"]["n"] == 8
+
+
+def test_some_of_the_prompts(small: dict[str, Any]) -> None:
+    table = {**small["world"]["tiny"], "prompts": 4}
+    plan = Plan(**merged(small, world={"tiny": table}))
+    cut = material_of(plan, "tiny", final=False).development
+    assert cut.groups["harmful"] == (0, 1, 2, 3) and len(cut.benign) == 4
 
 
 def test_a_world_of_ours_has_both_splits() -> None:
@@ -191,7 +224,9 @@ def test_a_world_of_ours_has_both_splits() -> None:
     assert not set(development.harmful.conversations) & set(test.harmful.conversations)
     attacks = [{one.name for one in split.attacks} - {"none"} for split in (development, test)]
     assert len(attacks[0]) == len(attacks[1]) == 5 and not attacks[0] & attacks[1]
-    assert max(test.groups) + 1 == 40 and len(test.groups) == len(test.harmful)
+    for kind, prompts in test.sets().items():
+        assert len(test.groups[kind]) == len(prompts)
+    assert max(test.groups["harmful"]) + 1 == 40
     assert material_of(plan, "bazaar", final=False).test is None
 
 
