@@ -164,6 +164,37 @@ def test_workers_run_it(small: dict[str, Any], tmp_path: Path) -> None:
     assert own.outcome.figures == Outcome.from_json(json.loads(json.dumps(here.to_json()))).figures
 
 
+COMPARE = """
+import json, sys
+from pathlib import Path
+from nest.comparison.plan import Plan
+from nest.comparison.run import run_comparison
+run_comparison(Plan(**json.loads(Path(sys.argv[1]).read_text())), sys.argv[2], workers=2)
+"""
+
+
+@pytest.mark.slow
+def test_real_runs_killed_five_times(small: dict[str, Any], tmp_path: Path) -> None:
+    """Killed with -9 at any moment, with other numbers of workers: the same bytes in the end."""
+    values = merged(small, arms=["neurons", "lora_r1"], seeds=[0, 1], robustness={"steps": [1]})
+    run_comparison(Plan(**values), tmp_path / "whole", workers=1)
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    command = [sys.executable, "-c", COMPARE, str(tmp_path / "plan.json"), str(tmp_path / "killed")]
+    kills = 0
+    for seconds in (11, 16, 14, 19, 13):
+        process = subprocess.Popen(command)
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run(command, check=True)
+    assert kills >= 3
+    for name in ("results.json", "tables.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_worker_ends_with_whoever_asked(small: dict[str, Any]) -> None:
     """A comparison that is killed leaves no process behind."""
     plan = Plan(**merged(small, tuning={"epochs": 500, "batch_size": 8}))
