@@ -21,6 +21,8 @@ KINDS: Mapping[str, str] = {
 }
 MARKS = "osD^vP*Xh<>8pdH"
 WIDTH = 7.6
+DECADE = 10.0
+"""A logarithmic axis that spans less would have no tick with a number."""
 
 
 def attack_svg(comparison: Comparison) -> str:
@@ -121,7 +123,9 @@ def costs_svg(comparison: Comparison) -> str:
             }
             left.scatter([max(1.0, one.figures["parameters"])], [_attack(one)], **mark)
             right.scatter([one.costs["seconds"]], [_attack(one)], **mark)
-        _scaled(left, "log")
+        sizes = [max(1.0, one.figures["parameters"]) for one in comparison.summaries[1:]]
+        if max(sizes) >= DECADE * min(sizes):
+            _scaled(left, "log")
         left.set_xlabel("trained parameters")
         left.set_ylabel("attack success, %")
         right.set_xlabel("seconds, selection included")
