@@ -170,6 +170,8 @@ def test_an_iterator_that_is_left_ends_what_is_in_flight() -> None:
 def test_an_interruption_ends_at_once() -> None:
     main = threading.main_thread().ident
     assert main is not None
+    # a shell has what it puts into the background ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def gate(body: dict[str, Any]) -> None:
         signal.pthread_kill(main, signal.SIGINT)
@@ -180,6 +182,7 @@ def test_an_interruption_ends_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             next(answers)
         assert not [one for one in threading.enumerate() if one.name == "nest-requests"]
+    signal.signal(signal.SIGINT, before)
 
 
 def test_progress_counts_what_was_skipped() -> None:
