@@ -55,7 +55,7 @@ def page(comparison: Comparison) -> str:
                     {
                         "value": f"{one.value:g}",
                         "score": "failed" if one.score is None else f"{one.score:.3f}",
-                        "kept": one.value == choice.value,
+                        "kept": one.score is not None and one.value == choice.value,
                     }
                     for one in choice.tried
                 ],

@@ -15,7 +15,7 @@ from nest.comparison.ledger import Ledger, read_lines
 from nest.comparison.plan import Plan, Split
 from nest.comparison.result import KIND, Comparison, Run
 from nest.comparison.statistics import holm
-from nest.comparison.subjects import facts_of, material_of
+from nest.comparison.subjects import WorldFacts, facts_of, material_of
 from nest.comparison.task import Outcome, Stage, Task
 from nest.comparison.workers import Workers
 from nest.errors import EngineError, InputError
@@ -59,12 +59,12 @@ def run_comparison(
     identity = {"protocol": plan.protocol(), "final": final}
     earlier = [] if restart else _earlier(out, identity, warn)
     check_output(out, kind=KIND, overwrite=True)
+    # before anything is thrown away
+    materials = [material_of(plan, name, final=final) for name in plan.worlds]
     with Unfinished(beside(out), restart=restart, warn=warn) as work:
         work.begin(KIND, identity)
-        worlds = {
-            name: facts_of(plan, material_of(plan, name, final=final), progress=progress)
-            for name in plan.worlds
-        }
+        worlds = {one.name: facts_of(plan, one, progress=progress) for one in materials}
+        _warn_of_leaks(worlds, warn)
         ledger = Ledger(
             plan,
             {name: facts.identity for name, facts in worlds.items()},
@@ -76,6 +76,17 @@ def run_comparison(
         comparison = Comparison(plan, final, worlds, *found)
         comparison.save(out, ledger.content([run.task for run in comparison.runs]), identity)
     return comparison
+
+
+def _warn_of_leaks(worlds: Mapping[str, WorldFacts], warn: Callable[[str], None]) -> None:
+    """Say where held-out harmful prompts are near-duplicates of what is learned from or chosen on."""
+    for name, facts in worlds.items():
+        for what, overlap in facts.overlaps.items():
+            if what.split()[1] == "harmful":
+                warn(
+                    f"in the world {name} {overlap['n']} of {overlap['of']} prompts of {what} are "
+                    "near-duplicates: what is measured on them is not held out"
+                )
 
 
 def devices_for(device: str, workers: int | Literal["auto"], threads: int) -> list[str]:

@@ -128,7 +128,8 @@ def choices_table(comparison: Comparison) -> str:
     rows = []
     for arm, choice in comparison.choices.items():
         for tried in choice.tried:
-            kept = "kept" if tried.value == choice.value else ""
+            works = tried.score is not None
+            kept = "kept" if works and tried.value == choice.value else ""
             score = "failed" if tried.score is None else f"{tried.score:.3f}"
             rows.append((label(comparison, arm), choice.knob, f"{tried.value:g}", score, kept))
     return _markdown(("arm", "setting", "value", "score", ""), rows) if rows else ""

@@ -343,3 +343,30 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices_for("cpu", 4, 2) == ["cpu"] * 4
     with pytest.raises(InputError, match="unknown device"):
         devices_for("gpu9", "auto", 1)
+
+
+def test_nothing_is_thrown_away_before_it_is_checked(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    """--restart with a plan that cannot be run leaves what an interrupted call has done."""
+    faked(FAKE_DIES="random", FAKE_TIMES=tmp_path)
+    for number in range(2):
+        (tmp_path / f"death{number}").touch()
+    with pytest.raises(EngineError, match="died twice"):
+        run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    journal = tmp_path / "out.unfinished" / "journal.jsonl"
+    before = journal.read_bytes()
+    Path(values["world"]["one"]["safe"]).unlink()
+    with pytest.raises(InputError):
+        run_comparison(Plan(**values), tmp_path / "out", workers=1, restart=True)
+    assert before and journal.read_bytes() == before
+
+
+def test_held_out_prompts_that_are_learned_from(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    one = values["world"]["one"]
+    one["development"]["harmful"] = one["unsafe"]
+    said: list[str] = []
+    run_comparison(Plan(**values), tmp_path / "out", workers=1, warn=said.append)
+    assert any("6 of 6 prompts of development harmful in training unsafe" in text for text in said)
