@@ -37,8 +37,7 @@ def prompt_file(name: str) -> Path:
     if not path.is_file():
         if name in TEST_SPLIT:
             raise InputError(
-                f"organism:{name} has no file: the test split belongs to `nest compare --final`, for plans that "
-                "name the world bazaar; use "
+                f"organism:{name} has no file: the test split belongs to `nest compare --final`; use "
                 f"organism:{TEST_SPLIT[name]}, the same of the development split"
             )
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.jsonl")))
