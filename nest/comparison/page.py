@@ -25,8 +25,7 @@ def page(comparison: Comparison) -> str:
         "page.html.j2",
         title=plan.title or "Comparison of methods",
         lead=f"{_count(plan.arms, 'arm')} on {_count(plan.worlds, 'world')} with "
-        f"{_count(plan.seeds, 'seed')}, the same data, the same budget of tried settings and the "
-        "same judges for each.",
+        f"{_count(plan.seeds, 'seed')}, with the same data and the same judges for each.",
         final=comparison.final,
         measured=measured_on(comparison),
         headings=HEADINGS,

@@ -124,8 +124,6 @@ def test_a_curve(small: dict[str, Any]) -> None:
     seconds = found.cost["seconds_of_curve"]
     assert len(seconds) == 5 and seconds == sorted(seconds)
     assert seconds[-1] == found.cost["seconds"]
-    names = {one["attack_success"] for one in found.figures["curve"]}
-    assert max(names) > 0.5  # of wrapped prompts alone: half of the bare ones are refused
 
 
 @pytest.mark.parametrize("arm", ["full", "lora_r1"])
@@ -148,6 +146,15 @@ def test_undoing_leaves_the_model_as_it_was(small: dict[str, Any]) -> None:
     assert [point["step"] for point in found["harmful"]["curve"]] == [1, 2]
     assert set(found["benign"]) == {"curve", "undone_after", "applied_again"}
     assert run_task(plan, Task("robustness", "tiny", "steering", 0)).figures["robustness"] is None
+
+
+def test_attack_success_means_the_same_in_a_curve(small: dict[str, Any]) -> None:
+    """That of attacks alone: of the bare prompts this model refuses more."""
+    plan = Plan(**merged(small, anytime={}))
+    base = run_task(plan, Task("base", "tiny")).figures
+    curve = run_task(plan, Task("anytime", "tiny", "lora_r1", 0)).figures["curve"]
+    assert base["bare"] < base["wrapped"]
+    assert curve[0]["attack_success"] == pytest.approx(base["wrapped"])
 
 
 def test_undone_after() -> None:
