@@ -13,7 +13,9 @@ from nest.selection.config import SelectionConfig
 from nest.tuning.config import TuningConfig
 
 C = TypeVar("C", TuningConfig, SelectionConfig)
-NEURONS_ALONE = ("layers", "update", "mode", "checkpointing", "cache_prefix", "learning_rate")
+NEURONS_ALONE = (
+    *("layers", "update", "mode", "start", "checkpointing", "cache_prefix", "learning_rate"),
+)
 """Settings of training that are those of the cluster update."""
 Kind = Literal["ours", "baseline", "control"]
 

@@ -308,9 +308,11 @@ class Plan:
 
     def settings_of(self, name: str, seed: int) -> dict[str, Any]:
         """All that an arm's runs depend on, defaults included, so that other defaults are another arm."""
-        values = asdict(self.made(name, seed))  # type: ignore[call-overload]
-        kept = {key: value for key, value in values.items() if key not in ("name",)}
-        return {"method": self.arm_of(name).method, "harmful": self.arm_of(name).harmful, **kept}
+        arm, values = self.arm_of(name), asdict(self.made(name, seed))  # type: ignore[call-overload]
+        del values["name"]
+        if arm.method != "neurons":
+            values.get("tuning", {}).pop("start", None)  # no other method's runs depend on it
+        return {"method": arm.method, "harmful": arm.harmful, **values}
 
     def tried_by(self, name: str) -> tuple[str, tuple[float, ...]]:
         """The setting that an arm is swept along, and what it tries; nothing where the arm sets it."""

@@ -19,7 +19,7 @@ from nest.selection.config import Control, Scorer, SelectionConfig, UpdateForm
 from nest.selection.select import select_neurons
 from nest.selection.selection import NeuronSelection
 from nest.settings import Positive, settings
-from nest.tuning.config import RELATIVE_RATE, TuningConfig
+from nest.tuning.config import TuningConfig
 from nest.tuning.tune import tune_update
 
 
@@ -30,9 +30,8 @@ class Neurons:
     Attributes:
         selecting: How neurons are found.
         tuning: How the update is trained.
-        relative_rate: Peak learning rate in units of the selected rows' root mean square; training
-            begins anew with a quarter where that does not lower the validation loss. A learning rate
-            in `tuning` is taken instead.
+        rate_factor: What the automatic learning rate is multiplied with; a learning rate in `tuning` is
+            taken instead.
         update: Form of the update; None takes that of `tuning`.
         scorer: How neurons are scored; None takes that of `selecting`.
         control: Train a selection of the same size that says nothing.
@@ -43,15 +42,15 @@ class Neurons:
 
     selecting: SelectionConfig = field(default_factory=SelectionConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
-    relative_rate: Annotated[float, Positive] = RELATIVE_RATE
+    rate_factor: Annotated[float, Positive] = 1.0
     update: UpdateForm | None = None
     scorer: Scorer | None = None
     control: Control | None = None
     separate: bool = False
     name: str = "neurons"
 
-    knob: ClassVar[str] = "relative_rate"
-    tried: ClassVar[tuple[float, ...]] = (0.4, 0.85, 1.7, 3.4)
+    knob: ClassVar[str] = "rate_factor"
+    tried: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0)
 
     @model_validator(mode="after")
     def _separate_is_shared(self) -> Neurons:
@@ -93,7 +92,7 @@ class Neurons:
                 benign=data.benign,
                 config=replace(self.tuning, update=form),
                 progress=progress,
-                relative_rate=self.relative_rate,
+                rate_factor=self.rate_factor,
                 after_step=watcher.after_step,
             )
             kept = trained.patch.selection

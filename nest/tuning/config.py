@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from nest.selection.config import UpdateForm
 from nest.settings import AtLeastOne, Auto, Layers, NotNegative, Positive, Share, settings
 
 UpdateMode = Literal["live", "branch"]
+UpdateStart = Literal["zero_vectors", "zero_loadings"]
 TrainOn = Literal["last", "all"]
 
-# Peak learning rate in units of the selected rows' root mean square. Swept on the bazaar (loaded, 200
-# steps, four clusters a site): at a tenth of it 69 % of wrapped requests still got through, at a third
-# 14 %, at this 5 %.
-RELATIVE_RATE = 1.7
+# How far the automatic rate's first step moves the sites' outputs (`output_share`).
+START_OF: Mapping[UpdateForm, UpdateStart] = {"shared": "zero_vectors", "loaded": "zero_vectors"}
+STEP_SHARES: Mapping[UpdateStart, float] = {"zero_vectors": 0.5, "zero_loadings": 0.02}
 # What of it is tried, one after the other, until one lowers the validation loss. On SmolLM2-135M with the
 # default selection it went from 2.9 to 12 with the whole rate (0.35), and to 0.76 with 0.1.
 RATE_SHARES = (1.0, 0.25, 0.0625)
@@ -43,6 +44,9 @@ class TuningConfig:
             as many as there is memory for.
         mode: `live`: the model's rows carry the update; `branch`: it is added to the projections'
             outputs, and no weight is written.
+        start: `zero_vectors`: vectors of 0, and loadings of 1 and a little noise; `zero_loadings`:
+            loadings of 0 and random vectors, as a LoRA begins. None takes the form's own:
+            zero_vectors, the only one that the shared form has.
         layers: First layer to tune and the layer after the last one (None: to the end); None for all
             that the selection has. Nothing is run backward below the lowest.
         checkpointing: Keep the inputs of blocks only and run them again in the backward pass: about
@@ -50,9 +54,9 @@ class TuningConfig:
         cache_prefix: Keep the hidden states that enter the lowest tuned block, where it is not the
             first, and begin every later pass there.
         train_on: `last`: a dialogue's last answer is learned; `all`: every turn of the assistant's.
-        learning_rate: Peak of the schedule; None takes `RELATIVE_RATE` times the root mean square of
-            the selected rows, so that it fits models of any weight scale, and begins anew with a quarter
-            where that does not lower the validation loss.
+        learning_rate: Peak of the schedule; None takes the one whose first step moves the sites' outputs
+            by `STEP_SHARES` of themselves, whatever the number of neurons, the width and the scale of the
+            weights, and begins anew with a quarter where that does not lower the validation loss.
         warmup: Share of the steps in which the rate climbs linearly, in [0, 1).
         weight_decay: Decoupled decay of the vectors.
         clip: Largest norm of the gradient; 0 never clips.
@@ -70,6 +74,7 @@ class TuningConfig:
     batch_size: Annotated[int, AtLeastOne, BeforeValidator(_dialogues)] = BATCH_SIZE
     micro_batch_size: Annotated[Annotated[int, AtLeastOne] | None, Auto] = None
     mode: UpdateMode = "live"
+    start: Annotated[UpdateStart | None, Auto] = None
     layers: Layers = None
     checkpointing: bool = False
     cache_prefix: bool = True
@@ -85,3 +90,17 @@ class TuningConfig:
     validation: Annotated[float, Share] = 0.05
     validate_every: Annotated[int, AtLeastOne] = 25
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @property
+    def resolved_start(self) -> UpdateStart:
+        """Where the update begins."""
+        return self.start or START_OF[self.update]
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> TuningConfig:
+        if self.update == "shared" and self.start == "zero_loadings":
+            raise ValueError(
+                "start is zero_loadings, and the shared form has no loadings; leave start out, or choose "
+                "update = loaded"
+            )
+        return self

@@ -30,6 +30,10 @@ from nest.tuning.trainable import Trainable
 
 # A validation loss of so many times the base's does not come down again.
 DIVERGED = 1.5
+# A training loss of so many times the base's validation loss is looked at at once.
+SPIKE = 3.0
+# What the rate is multiplied with where a step broke the loss, and how often.
+BACK_OFF, MOST_BACK_OFFS = 0.25, 3
 MEND = "Lower the learning rate (--learning-rate) or tune in --dtype float32"
 
 
@@ -68,6 +72,8 @@ class TrainingLoop:
         checkpoints: Where the state is kept now and then, and gone on from.
         met: Told of dialogues that an earlier run has put through the model together.
         gives_up: End where the validation loss rises far above the base's before it was ever below.
+        backs_off: Where the loss breaks after good steps, go back to the best of them and on with a
+            quarter of the rate.
         after_step: Called after each step, with the update in effect; gives the seconds it took, which
             are none of the loop's.
 
@@ -76,6 +82,7 @@ class TrainingLoop:
         best_step: The step that was kept: that with the lowest validation loss, 0 if no step beat the
             base, or the last where the objective keeps that.
         best_loss: Its validation loss.
+        backed_off: Steps after which the rate became a quarter of what it was.
         micro_batch_size: As it is now.
         n_tokens: Tokens that went through training steps, padding left out.
         seconds: Wall time of `run`.
@@ -96,22 +103,23 @@ class TrainingLoop:
         checkpoints: Checkpoints | None = None,
         met: Callable[[Sequence[Example]], None] | None = None,
         gives_up: bool = False,
+        backs_off: bool = False,
         after_step: Callable[[], float] | None = None,
     ) -> None:
         self.encoder, self.update, self.config, self.objective = encoder, update, config, objective
         self.n_steps, self.progress, self.warn = n_steps, progress, warn
         self._checkpoints, self._met, self._gives_up = checkpoints, met, gives_up
-        self._after_step = after_step
+        self._backs_off, self._after_step = backs_off, after_step
         # (first step, dialogues a forward pass): it shrinks when memory runs out
         self._sizes = [(0, micro_batch_size)]
         self.micro_batch_size = micro_batch_size
         self.optimizer = optimizer
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(step, n_steps, config.warmup)
-        )
+        self.backed_off: list[int] = []
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         self.history: list[StepRecord] = []
         self.best_step, self.best_loss = 0, math.inf
-        self.n_tokens, self.seconds = 0, 0.0
+        self.n_tokens, self.seconds, self._started = 0, 0.0, 0.0
+        self._best: list[Tensor] = []
 
     def run(self, train: Sequence[Example], validation: Sequence[Example]) -> None:
         """All steps, from the base model or from a checkpoint on.
@@ -122,8 +130,8 @@ class TrainingLoop:
             InputError: a checkpoint that cannot be read.
         """
         state = None if self._checkpoints is None else self._checkpoints.read()
-        started = time.monotonic()
-        best = self.update.snapshot() if state is None else state.best
+        self._started = time.monotonic()
+        self._best = self.update.snapshot() if state is None else state.best
         try:
             batches = epochs_of_batches(train, self.config.batch_size, seed=self.config.seed)
             losses: list[float] = []
@@ -134,30 +142,83 @@ class TrainingLoop:
                 self._meet(0, validation)
                 for step in range(1, state.step + 1):
                     self._meet(step, next(batches))
-                started -= self.seconds
+                self._started -= self.seconds
             for step in range(1 if state is None else state.step + 1, self.n_steps + 1):
-                try:
-                    losses.append(self._step(next(batches), step))
-                except ActivationError:
-                    # The steps since the last validation were good: see whether they are the best.
-                    with suppress(ActivationError):
-                        if losses and self._record(step - 1, fmean(losses), validation):
-                            best = self.update.snapshot()
-                    raise
-                if self._after_step is not None:
-                    started += self._after_step()
-                if step % self.config.validate_every == 0 or step == self.n_steps:
-                    if self._record(step, fmean(losses), validation):
-                        best = self.update.snapshot()
-                    losses = []
+                losses = self._advance(next(batches), step, losses, validation)
                 if self._checkpoints is not None and self._checkpoints.due(step):
-                    self.seconds = time.monotonic() - started
-                    self._checkpoints.write(self._state(step, best, losses))
+                    self.seconds = time.monotonic() - self._started
+                    self._checkpoints.write(self._state(step, self._best, losses))
                 if self.progress:
                     self.progress("tune", step, self.n_steps)
         finally:
-            self.update.load_snapshot(best)
-            self.seconds = time.monotonic() - started
+            self.update.load_snapshot(self._best)
+            self.seconds = time.monotonic() - self._started
+
+    def _advance(
+        self,
+        examples: Sequence[Example],
+        step: int,
+        losses: list[float],
+        validation: Sequence[Example],
+    ) -> list[float]:
+        """One step and what is due after it; the losses since the last record."""
+        try:
+            losses = [*losses, self._step(examples, step)]
+        except ActivationError:
+            # The steps since the last validation were good: see whether they are the best.
+            with suppress(ActivationError):
+                if losses:
+                    self._record(step - 1, fmean(losses), validation)
+            if not self._can_back_off:
+                raise
+            self._back_off(step)
+            return []
+        if self._after_step is not None:
+            self._started += self._after_step()
+        is_due = step % self.config.validate_every == 0 or step == self.n_steps
+        if not is_due and not self._looks_broken(losses[-1]):
+            return losses
+        try:
+            self._record(step, fmean(losses), validation)
+        except ActivationError:
+            if not self._can_back_off:
+                raise
+            self._back_off(step)
+            return []
+        first, last = self.history[0].validation_loss, self.history[-1].validation_loss
+        if self._can_back_off and last > first:  # worse than before anything was learned
+            self._back_off(step)
+        return []
+
+    def _factor(self, step: int) -> float:
+        """Of the peak learning rate."""
+        backed_off: float = BACK_OFF ** len(self.backed_off)
+        return backed_off * learning_rate_factor(step, self.n_steps, self.config.warmup)
+
+    @property
+    def _can_back_off(self) -> bool:
+        return self._backs_off and self.best_step > 0 and len(self.backed_off) < MOST_BACK_OFFS
+
+    def _looks_broken(self, train_loss: float) -> bool:
+        """Whether a step's loss cannot wait for the next validation."""
+        asked = self._gives_up or self._can_back_off
+        return asked and train_loss > SPIKE * self.history[0].validation_loss
+
+    def _back_off(self, step: int) -> None:
+        """Stand at the best step again, without momentum and with a quarter of the rate."""
+        self.backed_off.append(step)
+        self.update.load_snapshot(self._best)
+        self.optimizer.state.clear()
+        for group, peak in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            rate = peak * self._factor(self.schedule.last_epoch)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.warn(
+            f"the loss broke at step {step}: going on from step {self.best_step} with a quarter of the "
+            "learning rate"
+        )
 
     def _state(self, step: int, best: list[Tensor], losses: Sequence[float]) -> TuningState:
         numbers = {
@@ -168,6 +229,7 @@ class TrainingLoop:
             "n_tokens": self.n_tokens,
             "seconds": self.seconds,
             "sizes": self._sizes,
+            "backed_off": self.backed_off,
             **self.objective.numbers(),
         }
         optimizer = optimizer_tensors(self.optimizer)
@@ -183,6 +245,7 @@ class TrainingLoop:
         self.best_step, self.best_loss = numbers["best_step"], numbers["best_loss"]
         self.n_tokens, self.seconds = numbers["n_tokens"], numbers["seconds"]
         self._sizes = [(first, size) for first, size in numbers["sizes"]]
+        self.backed_off = list(numbers["backed_off"])
         self.micro_batch_size = self._sizes[-1][1]
         self.objective.resume(numbers)
         losses: list[float] = numbers["losses"]
@@ -200,8 +263,8 @@ class TrainingLoop:
             assert self._met is not None
             self._met(micro_batch.examples)
 
-    def _record(self, step: int, train_loss: float | None, validation: Sequence[Example]) -> bool:
-        """Note a validation loss; true where it is the lowest so far, or the last is kept."""
+    def _record(self, step: int, train_loss: float | None, validation: Sequence[Example]) -> None:
+        """Note a validation loss, and the parameters where it is the lowest so far or the last is kept."""
         loss = self._loss_in_memory(validation, step, backward=False)
         # Before the first step the step itself will tell, and name the site.
         if step > 0 and not math.isfinite(loss):
@@ -215,10 +278,9 @@ class TrainingLoop:
             raise ActivationError(
                 f"after step {step} the validation loss is {loss:.4g}, up from {self.best_loss:.4g}. {MEND}"
             )
-        better = loss < self.best_loss or self.objective.keeps == "last"
-        if better:
+        if loss < self.best_loss or self.objective.keeps == "last":
             self.best_loss, self.best_step = loss, step
-        return better
+            self._best = self.update.snapshot()
 
     def _step(self, examples: Sequence[Example], step: int) -> float:
         """One optimizer step over its micro-batches; the loss before it."""

@@ -14,11 +14,11 @@ from nest.models.binding import BoundSite
 from nest.models.fingerprint import config_hash, fingerprint
 from nest.models.wrappers import wrapped_in
 from nest.selection.selection import NeuronSelection
-from nest.tuning.config import UpdateMode
+from nest.tuning.config import UpdateMode, UpdateStart
 from nest_kernels.backend import VARIABLE, use_triton
 
 
-def check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
+def check_settings(update: str, mode: str, dtype: torch.dtype, start: str) -> None:
     """Known words, and a dtype that an update can have.
 
     Raises:
@@ -30,6 +30,13 @@ def check_settings(update: str, mode: str, dtype: torch.dtype) -> None:
         raise InputError(f"mode is {mode!r}; choose live or branch")
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"dtype is {dtype}; an update is trained in torch.float32 or float64")
+    if start not in get_args(UpdateStart):
+        raise InputError(f"start is {start!r}; choose {' or '.join(get_args(UpdateStart))}")
+    if start == "zero_loadings" and update == "shared":
+        raise InputError(
+            "start is zero_loadings, and the shared form has no loadings; leave start out, or choose "
+            "update='loaded'"
+        )
 
 
 def check_not_distributed(model: nn.Module) -> None:

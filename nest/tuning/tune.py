@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,17 +24,26 @@ from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.selection import NeuronSelection
 from nest.tuning.checkpoints import ONCE_A_MINUTE, Checkpoints, Every
-from nest.tuning.config import RATE_SHARES, RELATIVE_RATE, TuningConfig
-from nest.tuning.dialogues import Example, MicroBatch, prepare
+from nest.tuning.config import RATE_SHARES, STEP_SHARES, TuningConfig
+from nest.tuning.dialogues import (
+    Example,
+    MicroBatch,
+    epochs_of_batches,
+    prepare,
+    to_micro_batches,
+)
 from nest.tuning.loop import StepRecord, TrainingLoop
 from nest.tuning.memory import MemoryEstimate, estimate, is_out_of_memory, saved_bytes
 from nest.tuning.objective import Supervised
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.prefix import FrozenPrefix
+from nest.tuning.rate import output_share
 from nest.tuning.update import ClusterUpdate, trainable
 
 # Prefix and model are compared on this many dialogues before anything is learned.
 N_CHECKED = 4
+# The automatic rate is measured on so many dialogues of the first batch.
+N_ASKED = 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ def tune_update(
     warn: Callable[[str], None] = warnings.warn,
     work: Unfinished | None = None,
     checkpoint_every: Every = ONCE_A_MINUTE,
-    relative_rate: float | None = None,
+    rate_factor: float = 1.0,
     after_step: Callable[[], float] | None = None,
 ) -> TuningResult:
     """Train a cluster update to refuse harmful prompts and to go on answering benign ones.
@@ -96,8 +106,7 @@ def tune_update(
         work: Keeps a checkpoint, from which the same call goes on; it ends with the same bytes as an
             undisturbed run (on the CPU; a GPU's sums may differ in their last bits).
         checkpoint_every: How often it is written.
-        relative_rate: What the rows' root mean square is multiplied with, where the config leaves the
-            learning rate open; None takes `RELATIVE_RATE`.
+        rate_factor: What the automatic learning rate is multiplied with.
         after_step: See `TrainingLoop`.
 
     Raises:
@@ -129,7 +138,12 @@ def tune_update(
     with (
         eval_mode(model),  # dropout would be noise on top of a frozen model
         trainable(
-            model, selection, update=config.update, mode=config.mode, seed=config.seed
+            model,
+            selection,
+            update=config.update,
+            mode=config.mode,
+            seed=config.seed,
+            start=config.resolved_start,
         ) as update,
     ):
         update.check_patchable()
@@ -138,7 +152,10 @@ def tune_update(
         memory = _memory(model, update, ask, [*train, *validation], encoder.pad_id, config)
         if notice is not None:
             notice(memory.sentence())
-        rates = _rates(update, config, relative_rate)
+        objective = Supervised(
+            ask, update, benign_weight=config.benign_weight, kl_weight=config.kl_weight
+        )
+        rates = _rates(update, ask, train, encoder.pad_id, memory, config, rate_factor)
         checkpoints = None if work is None else Checkpoints(work, checkpoint_every)
         attempt = 0 if checkpoints is None else checkpoints.attempt
         while True:
@@ -147,12 +164,7 @@ def tune_update(
                 encoder,
                 update,
                 NeuronAdamW(update, lr=rate, weight_decay=config.weight_decay),
-                Supervised(
-                    ask,
-                    update,
-                    benign_weight=config.benign_weight,
-                    kl_weight=config.kl_weight,
-                ),
+                objective,
                 config,
                 n_steps,
                 micro_batch_size=memory.micro_batch_size,
@@ -161,6 +173,7 @@ def tune_update(
                 checkpoints=checkpoints,
                 met=ask.met,
                 gives_up=not is_last,
+                backs_off=config.learning_rate is None,
                 after_step=after_step,
             )
             stopped: ActivationError | None = None
@@ -189,6 +202,7 @@ def tune_update(
             "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
             "rendered_sha256": rendered,
             "rates_too_high": list(rates[:attempt]),
+            "backed_off": loop.backed_off,
             "steps": n_steps,
             "best_step": loop.best_step,
             "best_validation_loss": loop.best_loss,
@@ -212,13 +226,39 @@ def tune_update(
 
 
 def _rates(
-    update: ClusterUpdate, config: TuningConfig, relative_rate: float | None
+    update: ClusterUpdate,
+    ask: Callable[[MicroBatch], Targets],
+    train: Sequence[Example],
+    pad_id: int,
+    memory: MemoryEstimate,
+    config: TuningConfig,
+    factor: float,
 ) -> tuple[float, ...]:
-    """The learning rates to try, one after the other; the user's own is the only one."""
+    """The learning rates to try, one after the other; the user's own is the only one.
+
+    Raises:
+        ActivationError: the gradient is not finite before the first step.
+    """
     if config.learning_rate is not None:
         return (config.learning_rate,)
-    rate = (relative_rate or RELATIVE_RATE) * update.row_scale()
-    return tuple(rate * share for share in RATE_SHARES)
+    batch = next(epochs_of_batches(train, config.batch_size, seed=config.seed))
+    examples = [batch[index * len(batch) // N_ASKED] for index in range(N_ASKED)]
+    share = output_share(
+        update,
+        # the KL of an update that changes nothing yet has no gradient
+        Supervised(ask, update, benign_weight=config.benign_weight, kl_weight=0.0),
+        to_micro_batches(
+            list(dict.fromkeys(examples)), min(N_CHECKED, memory.micro_batch_size), pad_id
+        ),
+    )
+    if not 0 < share < math.inf:
+        raise ActivationError(
+            f"a step of rate 1 would move the sites' outputs by {share} times themselves, so that no "
+            "learning rate can be derived; give one (--learning-rate), or tune in --dtype float32"
+        )
+    # Of a few digits, so that it does not hang on how much memory was free.
+    rate = float(f"{factor * STEP_SHARES[config.resolved_start] / share:.3g}")
+    return tuple(rate * part for part in RATE_SHARES)
 
 
 def _without_effect(loop: TrainingLoop, rate: float, stopped: ActivationError | None) -> NestError:

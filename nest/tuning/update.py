@@ -19,7 +19,7 @@ from nest.patches.patch import NeuronPatch
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest.tuning.autograd import AddBranch, Part, SplitUpdate, ThroughRows
-from nest.tuning.config import UpdateMode
+from nest.tuning.config import UpdateMode, UpdateStart
 from nest.tuning.preconditions import (
     check_backend,
     check_not_distributed,
@@ -91,15 +91,11 @@ class ClusterUpdate:
         mode: UpdateMode,
         seed: int,
         dtype: torch.dtype,
+        start: UpdateStart,
     ) -> None:
         self.model, self.selection, self.form, self.mode = model, selection, form, mode
         self.n_vector_parameters = selection.trainable_parameters("shared")
-        n = selection.trainable_parameters(form)
-        values = torch.zeros(n, dtype=dtype)
-        if form == "loaded":
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(n - self.n_vector_parameters, generator=generator)
-            values[self.n_vector_parameters :] = 1.0 + LOADING_NOISE * noise
+        values = begun_at(start, selection, form, seed).to(dtype)
         self.bound = tuple(bound)
         self.packed = nn.Parameter(values.to(self.bound[0].device(model)))
         check_backend(self.packed)
@@ -165,28 +161,16 @@ class ClusterUpdate:
             first_loading=None if loading is None else loading.first,
         )
 
+    def parts_of(self, site: SiteUpdate, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A site's vectors (K, D) and loadings (N,) in a tensor that is packed as the update is; views."""
+        loading = self._loading_parts.get(site.part.site.name)
+        vectors = self._vector_parts[site.part.group].of(packed)
+        return vectors, None if loading is None else loading.of(packed)
+
     @property
     def rows(self) -> SiteTable:
         """The model's rows that an optimizer step writes; none in branch mode."""
         return self._rows
-
-    def row_scale(self) -> float:
-        """Root mean square of the selected rows as they were before the update.
-
-        Raises:
-            InputError: in branch mode weights cannot be read; give a learning rate.
-        """
-        if not self._rows:
-            if not all(one.is_plain for one in self.bound):
-                raise InputError(
-                    "the weights are quantised or elsewhere, so that no learning rate can be derived "
-                    "from them; give one (--learning-rate)"
-                )
-            rows = [site.bound.read(site.part.neurons) for site in self.sites]
-        else:
-            rows = [site.originals for site in self._rows]
-        squares = sum(float(values.float().square().sum()) for values in rows)
-        return math.sqrt(squares / sum(values.numel() for values in rows))
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer gets: the packed parameter alone."""
@@ -504,6 +488,7 @@ def trainable(
     mode: UpdateMode = "live",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    start: UpdateStart = "zero_vectors",
 ) -> Iterator[ClusterUpdate]:
     """Make a selection's cluster update trainable in any loop for the time of the block.
 
@@ -525,14 +510,16 @@ def trainable(
         mode: `live` (default) trains on the rows themselves, so that training and the folded
             checkpoint run the same bits. `branch` adds y[..., rows] += s (x U^T)[..., cluster] and
             writes no weight: for quantised, offloaded or sharded weights.
-        seed: Of the loadings' start.
+        seed: Of what begins at random.
         dtype: Of vectors, loadings, gradient and moments: float32, or float64 to check gradients.
+        start: `zero_vectors`: U = 0, and loadings of 1 and a little noise; `zero_loadings`: s = 0, and
+            random vectors of length 1, as a LoRA begins (the loaded form alone).
 
     Raises:
         SelectionError: the selection belongs to another model, or weights cannot be written.
         InputError: the model carries a trainable update already, or an unknown setting.
     """
-    check_settings(update, mode, dtype)
+    check_settings(update, mode, dtype, start)
     check_not_distributed(model)
     model = unwrapped(model)
     bound = bind_all(model, (part.site for part in selection.sites))
@@ -544,7 +531,7 @@ def trainable(
     check_same_model(model, selection, bound, mode)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    live = ClusterUpdate(model, selection, bound, update, mode, seed, dtype)
+    live = ClusterUpdate(model, selection, bound, update, mode, seed, dtype, start)
     try:
         for module in modules:
             setattr(module, _MARK, True)
@@ -561,6 +548,26 @@ def trainable(
             if hasattr(module, _MARK):
                 delattr(module, _MARK)
         live.end()
+
+
+def begun_at(
+    start: UpdateStart, selection: NeuronSelection, form: UpdateForm, seed: int
+) -> Float[Tensor, " P"]:
+    """The packed parameters before the first step; no row is changed by them."""
+    n, n_vectors = selection.trainable_parameters(form), selection.trainable_parameters("shared")
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.zeros(n)
+    if start == "zero_loadings":
+        first = 0
+        for n_clusters, width in selection.groups.values():
+            vectors = torch.randn(n_clusters, width, generator=generator)
+            vectors /= vectors.norm(dim=1, keepdim=True)
+            values[first : first + vectors.numel()] = vectors.flatten()
+            first += vectors.numel()
+    elif form == "loaded":
+        noise = torch.randn(n - n_vectors, generator=generator)
+        values[n_vectors:] = 1.0 + LOADING_NOISE * noise
+    return values
 
 
 def is_finite(values: Tensor) -> bool:

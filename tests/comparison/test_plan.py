@@ -123,7 +123,7 @@ development = {{ harmful = "h", borderline = "o", benign = "b" }}
 def test_a_rate_of_ones_own_is_not_swept(values: dict[str, Any]) -> None:
     table = {"method": "neurons", "tuning": {"learning_rate": 0.1}}
     plan = Plan(**{**values, "arms": ["mine"], "arm": {"mine": table}})
-    assert plan.tried_by("mine") == ("relative_rate", ())
+    assert plan.tried_by("mine") == ("rate_factor", ())
     assert len(Plan(**values).tried_by("neurons")[1]) == 4
 
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the automatic learning rate:User
 
 SELECTING = SelectionConfig(z_threshold=1.0, n_probe_seeds=1)
 # Random models of this size do not take the whole automatic rate.
-OURS = {"relative_rate": 0.3}
+OURS = {"rate_factor": 0.3}
 TUNING = TuningConfig(max_steps=4, batch_size=8, micro_batch_size=4, validate_every=2)
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "neurons": ("neurons", OURS),

@@ -136,7 +136,7 @@ def test_a_quarter_of_a_rate_that_diverges_is_tried_and_gone_on_with(
 ) -> None:
     settings, _ = case(1)
     settings |= {"learning_rate": None, "validate_every": 1, "max_steps": 8, "update": "shared"}
-    monkeypatch.setattr(tune, "RELATIVE_RATE", 1000.0)
+    monkeypatch.setattr(tune, "STEP_SHARES", {"zero_vectors": 500.0})
     told: list[str] = []
     result = nest.tune_result(
         model, word_tokenizer(), choose(model), warn=told.append, checkpoint_every="1", **settings

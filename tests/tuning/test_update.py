@@ -217,8 +217,6 @@ def test_quantised_weights_train_as_a_branch_and_the_patch_is_the_plain_models()
                 assert same_bits(before, state_of(model))
                 with pytest.raises(SelectionError, match=r"update\.patch\(base="):
                     update.patch()
-                with pytest.raises(InputError, match="learning rate"):
-                    update.row_scale()
                 patches.append(update.patch(base=build()))
             else:
                 patches.append(update.patch())
