@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest.api.inputs import both_kinds, resolved_batch_size
+from nest.api.inputs import as_set, both_kinds, resolved_batch_size
 from nest.api.models import origin_of
+from nest.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nest.api.inputs import BatchSize, EncodeLike, Prompts
+    from nest.api.inputs import BatchSize, Dialogues, EncodeLike, Prompts
     from nest.artifacts.unfinished import Unfinished
     from nest.models.sites import NeuronSite
     from nest.progress import ProgressCallback
+    from nest.prompts.prompt_set import PromptSet
     from nest.selection.selection import NeuronSelection
 
 # What `auto` stands for until it is measured per machine: prompts a forward pass.
@@ -30,6 +32,8 @@ def select(
     unsafe: Prompts | None = None,
     safe: Prompts | None = None,
     pairs: str | Path | Sequence[tuple[str, str]] | None = None,
+    harmful: Dialogues | None = None,
+    benign: Dialogues | None = None,
     layout: Sequence[NeuronSite] | None = None,
     encode: EncodeLike | None = None,
     system: str | None = None,
@@ -51,6 +55,9 @@ def select(
         unsafe: Prompts to be refused: a file, a named set, or strings.
         safe: Prompts to be answered, about as many.
         pairs: Instead of both: matched (unsafe, safe) pairs, or a file with these two columns.
+        harmful: Prompts with the refusals to give, for the scorers effect, gradient and learned; without
+            `unsafe` their prompts are taken for those, too.
+        benign: Prompts with their good answers, likewise.
         layout: Where a custom model's neurons are.
         encode: Instead of the tokenizer: text to token ids, or an `Encoder`.
         system: System prompt put before every prompt that has none of its own.
@@ -61,7 +68,7 @@ def select(
         provenance: Added to the selection's.
         work: Folder that keeps what is done so far: should the process end, the same call with the same
             folder goes on from there. It is gone when the call returns.
-        **settings: Fields of `SelectionConfig`: z_threshold, pool, scorer, cluster_scope,
+        **settings: Fields of `SelectionConfig`: z_threshold, neurons, pool, scorer, cluster_scope,
             max_clusters, n_probe_seeds, seed, ...
 
     Raises:
@@ -77,21 +84,36 @@ def select(
     from nest.conversations.prompting import Prompting
     from nest.models.layouts import find_sites
     from nest.models.wrappers import uncompiled
-    from nest.selection.config import SelectionConfig
-    from nest.selection.select import select_neurons
+    from nest.scoring.find import find_neurons
+    from nest.selection.config import LEARNING, SelectionConfig
 
     config = SelectionConfig(**settings)
     model = uncompiled(model)
-    unsafe_set, safe_set = both_kinds(unsafe, safe, pairs)
+    unsafe_set: PromptSet | None
+    safe_set: PromptSet | None
+    learns = config.scorer in LEARNING
+    if not learns and (harmful is not None or benign is not None):
+        raise InputError(
+            f"the scorer {config.scorer} learns from prompts alone; leave harmful and benign dialogues "
+            f"out, or take one of {', '.join(LEARNING)}"
+        )
+    refusals = None if harmful is None else as_set(harmful, "harmful", need_response=True)
+    answers = None if benign is None else as_set(benign, "benign", need_response=True)
+    if learns and unsafe is None and safe is None and pairs is None:
+        unsafe_set, safe_set = refusals, answers
+    else:
+        unsafe_set, safe_set = both_kinds(unsafe, safe, pairs)
     warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
     with as_work(work, warn) as kept:
-        selection = select_neurons(
+        selection = find_neurons(
             model,
             encoder_for(model, tokenizer, encode, system, template_kwargs),
-            unsafe=unsafe_set,
-            safe=safe_set,
             sites=find_sites(model, layout),
             config=config,
+            unsafe=unsafe_set,
+            safe=safe_set,
+            harmful=refusals,
+            benign=answers,
             paired=pairs is not None,
             batch_size=resolved_batch_size(batch_size, CAPTURE_BATCH_SIZE),
             progress=progress,

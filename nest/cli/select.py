@@ -37,6 +37,8 @@ def command(
     unsafe: str | None = None,
     safe: str | None = None,
     pairs: str | None = None,
+    harmful: str | None = None,
+    benign: str | None = None,
     settings: Annotated[SelectionConfig, Spread] = SETTINGS,
     batch_size: str = "auto",
     putting: Annotated[Putting, Spread] = PUTTING,
@@ -52,6 +54,9 @@ def command(
         unsafe: Prompts to be refused: FILE, FILE:COLUMN or a named set.
         safe: Prompts to be answered, about as many.
         pairs: Instead of both: a file with columns unsafe and safe.
+        harmful: Dialogues for --scorer effect, gradient and learned: harmful prompts and the refusals to
+            give. Without --unsafe their prompts are taken for those, too.
+        benign: Dialogues, likewise: ordinary prompts and their good answers.
         batch_size: auto, or prompts a forward pass.
     """
     from nest import api
@@ -70,6 +75,8 @@ def command(
             unsafe=unsafe,
             safe=safe,
             pairs=pairs,
+            harmful=harmful,
+            benign=benign,
             system=putting.system,
             template_kwargs=switches,
             batch_size=size,

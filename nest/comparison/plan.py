@@ -307,12 +307,22 @@ class Plan:
         )
 
     def settings_of(self, name: str, seed: int) -> dict[str, Any]:
-        """All that an arm's runs depend on, defaults included, so that other defaults are another arm."""
-        arm, values = self.arm_of(name), asdict(self.made(name, seed))  # type: ignore[call-overload]
+        """All that an arm's runs depend on, defaults included, so that other defaults are another arm.
+
+        What is left open (None) is not in it, so that a setting that comes later leaves old runs what they
+        were; where None stands for something that could change, that is in it.
+        """
+        arm, method = self.arm_of(name), self.made(name, seed)
+        values = asdict(method)  # type: ignore[call-overload]
         del values["name"]
-        if arm.method != "neurons":
-            values.get("tuning", {}).pop("start", None)  # no other method's runs depend on it
-        return {"method": arm.method, "harmful": arm.harmful, **values}
+        if isinstance(method, Neurons):
+            form = method.update or method.tuning.update
+            values["tuning"]["start"] = replace(method.tuning, update=form).resolved_start
+        else:
+            values["tuning"].pop("start", None)  # no other method's runs depend on it
+        if "selecting" in values and values["selecting"]["neurons"] is None:
+            values["selecting"]["z_threshold"] = method.selecting.threshold
+        return {"method": arm.method, "harmful": arm.harmful, **_without_none(values)}
 
     def tried_by(self, name: str) -> tuple[str, tuple[float, ...]]:
         """The setting that an arm is swept along, and what it tries; nothing where the arm sets it."""
@@ -443,6 +453,14 @@ def _with_paths(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(worlds, Mapping):
         return dict(content)
     return {**content, "world": {name: with_paths(table) for name, table in worlds.items()}}
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def _check_once(what: str, values: Sequence[Any]) -> None:

@@ -94,7 +94,12 @@ class Lora:
             rows: dict[str, Tensor] = {}
             if self.rows == "selected":
                 selection = found_neurons(
-                    subject, data, self.selecting, self.name, progress=progress
+                    subject,
+                    data,
+                    self.selecting,
+                    self.name,
+                    tuning=self.tuning,
+                    progress=progress,
                 )
                 rows = _outputs(selection)
                 shapes = {path: shapes[path] for path in rows}

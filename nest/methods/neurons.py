@@ -15,8 +15,8 @@ from nest.methods.method import MethodResult, Subject, TrainingData, Treated, Wa
 from nest.methods.watching import begun
 from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
+from nest.scoring.find import find_neurons
 from nest.selection.config import Control, Scorer, SelectionConfig, UpdateForm
-from nest.selection.select import select_neurons
 from nest.selection.selection import NeuronSelection
 from nest.settings import Positive, settings
 from nest.tuning.config import TuningConfig
@@ -82,7 +82,13 @@ class Neurons:
         selecting = replace(self.selecting, scorer=self.scorer or self.selecting.scorer)
         with begun(subject, watch) as watcher:
             selection = found_neurons(
-                subject, data, selecting, self.name, control=self.control, progress=progress
+                subject,
+                data,
+                selecting,
+                self.name,
+                tuning=self.tuning,
+                control=self.control,
+                progress=progress,
             )
             trained = tune_update(
                 model,
@@ -121,23 +127,27 @@ def found_neurons(
     selecting: SelectionConfig,
     name: str,
     *,
+    tuning: TuningConfig,
     control: Control | None = None,
     progress: ProgressCallback | None = None,
 ) -> NeuronSelection:
-    """The neurons that tell the data's unsafe prompts from the safe ones.
+    """The neurons that a tuning on this data is for.
 
     Raises:
         InputError: there are no such prompts.
         SelectionError: no neuron passes the threshold.
     """
     unsafe, safe = required_prompts(data, name, "find neurons with")
-    return select_neurons(
+    return find_neurons(
         subject.model,
         subject.encoder,
-        unsafe=unsafe,
-        safe=safe,
         sites=subject.sites,
         config=selecting,
+        unsafe=unsafe,
+        safe=safe,
+        harmful=data.harmful,
+        benign=data.benign,
+        tuning=tuning,
         control=control,
         progress=progress,
     )

@@ -103,7 +103,7 @@ def budget_of(
     """
     if parameters != "neurons":
         return parameters
-    selection = found_neurons(subject, data, selecting, name, progress=progress)
+    selection = found_neurons(subject, data, selecting, name, tuning=tuning, progress=progress)
     if tuning.layers is not None:
         selection = selection.in_layers(*tuning.layers)
     return selection.trainable_parameters(tuning.update)

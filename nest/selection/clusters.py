@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nest.selection.config import Scorer
 
 # Below this silhouette a split says nothing; the neurons stay one cluster (the paper's value).
 MIN_SILHOUETTE = 0.1
@@ -15,6 +18,9 @@ MIN_SILHOUETTE = 0.1
 # sites of our second world got 66 clusters instead of 11, and the update 8,670 parameters instead of
 # 1,630: more than the half percent of the model that we allow.
 MAX_CLUSTERS = {"projection": 4, "layer": 2}
+
+# Neurons that were learned with one vector a site go on with one.
+MAX_CLUSTERS_OF: Mapping[Scorer, int] = {"learned": 1}
 
 
 @dataclass(frozen=True)

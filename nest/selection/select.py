@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from nest.models.fingerprint import fingerprint, weights_hash
 from nest.models.sites import NeuronSite
 from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
-from nest.selection.clusters import MAX_CLUSTERS, cluster_neurons, standardised
+from nest.selection.choosing import Ranker, Ranking, Scored, kept, report_skipped
+from nest.selection.clusters import MAX_CLUSTERS, MAX_CLUSTERS_OF, cluster_neurons, standardised
 from nest.selection.config import Control, SelectionConfig
 from nest.selection.controls import (
     End,
@@ -34,16 +35,6 @@ from nest.selection.selection import NeuronSelection, SiteSelection
 from nest.settings import in_range, range_text
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A site's scores; `accuracy` is None for the contrast scorer."""
-
-    site: NeuronSite
-    z: NDArray[np.float64]
-    neurons: NDArray[np.int64]
-    accuracy: float | None
-
-
 def select_neurons(
     model: nn.Module,
     encoder: Encoder,
@@ -55,6 +46,7 @@ def select_neurons(
     paired: bool = False,
     batch_size: int = 32,
     control: Control | None = None,
+    ranker: Ranker | None = None,
     progress: ProgressCallback | None = None,
     warn: Callable[[str], None] | None = None,
     work: Unfinished | None = None,
@@ -71,6 +63,7 @@ def select_neurons(
         paired: Prompt i of `unsafe` and prompt i of `safe` are a matched pair.
         batch_size: Prompts a forward pass.
         control: A selection of the same size that says nothing, instead; see `Control`.
+        ranker: Scores neurons, instead of what the config's scorer finds in their activations.
         progress: Called with stage, steps done, steps in all.
         warn: Told about each site that has no neurons over the threshold.
         work: Keeps activations and scores, so that a later run goes on from there.
@@ -79,7 +72,8 @@ def select_neurons(
         The selection, with its provenance.
 
     Raises:
-        InputError: too few prompts of a kind, or pairs that do not match.
+        InputError: too few prompts of a kind, pairs that do not match, or a control that a ranker cannot
+            have.
         ActivationError: NaN or infinite activations.
         SelectionError: no neuron anywhere passes the threshold.
 
@@ -90,6 +84,11 @@ def select_neurons(
         raise InputError(
             f"pairs need as many unsafe as safe prompts, but there are {len(unsafe)} "
             f"and {len(safe)}"
+        )
+    if ranker is not None and control == "shuffled_labels":
+        raise InputError(
+            f"the scorer {config.scorer} learns from dialogues and not from labels, so that there are none "
+            "to shuffle; take another control"
         )
     _check_sides(unsafe, safe, warn)
     sites = _in_layers(sites, config.layers)
@@ -107,6 +106,7 @@ def select_neurons(
                 "sites": [site.to_dict() for site in sites],
                 "batch_size": batch_size,
                 "model": weights_hash(model),
+                "ranker": None if ranker is None else dict(ranker.identity),
             },
         )
     activations = capture(
@@ -124,15 +124,20 @@ def select_neurons(
     n_unsafe = len(unsafe)
     labels = np.arange(n_unsafe + len(safe)) < n_unsafe
     groups = np.concatenate([np.arange(n_unsafe), np.arange(len(safe))]) if paired else None
-    scored = _score(activations, labels, groups, config, progress, work)
+    ranking = (
+        Ranking(tuple(_score(activations, labels, groups, config, progress, work)))
+        if ranker is None
+        else ranker.rank(activations, labels)
+    )
+    scored = kept(ranking.scored, config)
     try:
         _check_chance(scored, n_unsafe, len(safe), warn)
-        _report_skipped(scored, config, warn)
+        report_skipped(scored, config, warn)
     except NestError:
         if work is not None:  # other prompts or another threshold are another run
             work.forget()
         raise
-    parts, silhouettes = _cluster(model, activations, scored, config)
+    parts, silhouettes = _cluster(model, activations, scored, config, features=ranking.features)
     if control in ("lowest", "shuffled_labels"):
         against = scored
         if control == "shuffled_labels":
@@ -144,7 +149,9 @@ def select_neurons(
             for other, entry in zip(against, scored, strict=True)
         ]
         n_clusters = {part.group: part.n_clusters for part in parts}
-        parts, silhouettes = _cluster(model, activations, scored, config, n_clusters)
+        parts, silhouettes = _cluster(
+            model, activations, scored, config, n_clusters, features=ranking.features
+        )
     accuracies = [entry.accuracy for entry in scored if entry.accuracy is not None]
     selection = NeuronSelection(
         sites=parts,
@@ -159,6 +166,7 @@ def select_neurons(
             "probe_accuracy_by_site": {e.site.name: e.accuracy for e in scored},
             "silhouette": {"mean": float(np.mean(silhouettes)) if silhouettes else None},
             "skipped_sites": [entry.site.name for entry in scored if entry.neurons.size == 0],
+            **ranking.provenance,
         },
     )
     if control is None:
@@ -232,7 +240,7 @@ def _check_sides(unsafe: PromptSet, safe: PromptSet, warn: Callable[[str], None]
 
 
 def _check_chance(
-    scored: Sequence[_Scored], n_unsafe: int, n_safe: int, warn: Callable[[str], None] | None
+    scored: Sequence[Scored], n_unsafe: int, n_safe: int, warn: Callable[[str], None] | None
 ) -> None:
     """Neurons of a probe that tells nothing apart are noise.
 
@@ -279,7 +287,7 @@ def _score(
     config: SelectionConfig,
     progress: ProgressCallback | None,
     work: Unfinished | None,
-) -> list[_Scored]:
+) -> list[Scored]:
     scored = []
     entries = () if work is None else work.journal.entries
     known = {entry["scored"]: entry for entry in entries if "scored" in entry}
@@ -306,47 +314,31 @@ def _score(
                 {"scored": site.name, "accuracy": accuracy, "weights": weights.tolist()}
             )
         z = z_scores(weights)
-        chosen = (z > config.z_threshold) & (weights > 0)
-        if config.side == "both":
-            chosen |= (z < -config.z_threshold) & (weights < 0)
-        kept = np.flatnonzero(chosen)
-        scored.append(_Scored(site, z, kept.astype(np.int64), accuracy))
+        rank = np.abs(z) if config.side == "both" else z
+        scored.append(Scored(site, weights, z, rank, accuracy=accuracy))
         if progress:
             progress("score neurons", done + 1, len(activations.sites))
     return scored
 
 
-def _report_skipped(
-    scored: Sequence[_Scored], config: SelectionConfig, warn: Callable[[str], None] | None
-) -> None:
-    def largest(entry: _Scored) -> float:
-        return float(np.abs(entry.z).max() if config.side == "both" else entry.z.max())
-
-    if all(entry.neurons.size == 0 for entry in scored):
-        best = max(scored, key=largest)
-        raise SelectionError(
-            f"no neuron has a z-score over {config.z_threshold:g}; the largest found is "
-            f"{largest(best):.2f} at {best.site.name}: lower --z below it"
-        )
-    skipped = [entry for entry in scored if entry.neurons.size == 0]
-    if warn and skipped:
-        names = ", ".join(f"{e.site.name} (largest z {largest(e):.2f})" for e in skipped)
-        warn(f"{len(skipped)} sites have no neuron over z {config.z_threshold:g}, skipped: {names}")
-
-
 def _cluster(
     model: nn.Module,
     activations: Activations,
-    scored: Sequence[_Scored],
+    scored: Sequence[Scored],
     config: SelectionConfig,
     n_clusters: Mapping[str, int] | None = None,
+    *,
+    features: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> tuple[tuple[SiteSelection, ...], list[float]]:
-    """Group the kept neurons, per site or per layer; into so many clusters a group where it is given."""
+    """Group the kept neurons, per site or per layer; into so many clusters a group where it is given.
+
+    By their activations, or by features of the sites' neurons (F, d).
+    """
     profiles = {
         entry.site.name: np.ascontiguousarray(pooled[:, entry.neurons].T)  # (N, B)
         for entry, pooled in zip(scored, activations.pooled, strict=True)
     }
-    rooms: dict[str, list[_Scored]] = {}
+    rooms: dict[str, list[Scored]] = {}
     for entry in scored:
         if entry.neurons.size:
             room = (
@@ -357,9 +349,15 @@ def _cluster(
             rooms.setdefault(room, []).append(entry)
     parts, silhouettes = [], []
     for room, entries in rooms.items():
-        stacked = np.concatenate([profiles[entry.site.name] for entry in entries])
-        limit = config.max_clusters or MAX_CLUSTERS[config.cluster_scope]
-        shaped = standardised(stacked) if config.cluster_scope == "projection" else stacked
+        limit = config.max_clusters or MAX_CLUSTERS_OF.get(
+            config.scorer, MAX_CLUSTERS[config.cluster_scope]
+        )
+        shaped: NDArray[np.float32] | NDArray[np.float64]
+        if features is not None:
+            shaped = np.concatenate([features[e.site.name][e.neurons] for e in entries])
+        else:
+            stacked = np.concatenate([profiles[entry.site.name] for entry in entries])
+            shaped = standardised(stacked) if config.cluster_scope == "projection" else stacked
         found = cluster_neurons(
             shaped,
             max_clusters=limit,

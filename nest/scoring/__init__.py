@@ -1,0 +1,1 @@
+"""Scores that need more than activations: gradients of refusals, and training."""
