@@ -18,6 +18,7 @@ ROOMS = (
         "reporting",
         "methods",
         "evaluation",
+        "scoring",
         "tuning",
         "patches",
         "selection",

@@ -3,7 +3,8 @@
     NestError
     ├── InputError (ValueError)              a file, column, prompt or option that cannot be used
     │   ├── MissingInputError (FileNotFoundError)
-    │   └── NoMemoryError (MemoryError)      no memory for the smallest piece of work
+    │   ├── NoMemoryError (MemoryError)      no memory for the smallest piece of work
+    │   └── NoImprovementError               no step of tuning was better than none
     ├── LayoutError (TypeError)              a model whose neurons we cannot address
     ├── ActivationError (ArithmeticError)    NaN or infinite numbers inside the model
     │   └── TuningStoppedError               the same after some good steps, which it carries
@@ -33,6 +34,18 @@ class MissingInputError(InputError, FileNotFoundError):
 
 class NoMemoryError(InputError, MemoryError):
     """There is no memory even for the smallest piece of the work."""
+
+
+class NoImprovementError(InputError):
+    """No step of tuning lowered the validation loss, so that a patch would change nothing.
+
+    Attributes:
+        training: The `Training` that was done all the same.
+    """
+
+    def __init__(self, message: str, training: Any) -> None:
+        super().__init__(message)
+        self.training = training
 
 
 class LayoutError(NestError, TypeError):

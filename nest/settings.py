@@ -7,7 +7,8 @@ line (cyclopts) makes a flag and a TOML key of every field and takes its help fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin
 
@@ -67,17 +68,37 @@ def sentence_of(fault: ValidationError, kind: type | None = None) -> str:
         fault: What pydantic found.
         kind: The class of settings, for its bounds and names.
     """
-    fields: Mapping[str, FieldInfo] = getattr(kind, "__pydantic_fields__", {})
-    said = dict.fromkeys(_fault(entry, fields) for entry in fault.errors(include_url=False))
+    entries = fault.errors(include_url=False)
+    said = [*_lacking(entries)]
+    said += [_fault(entry, kind) for entry in entries if entry["type"] != "missing"]
     title = getattr(kind, "__pydantic_config__", {}).get("title") or fault.title
-    return f"{title}: " + "; ".join(said)
+    return f"{title}: " + "; ".join(dict.fromkeys(said))
 
 
-def _fault(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
+def meant(name: str, known: Iterable[str]) -> str:
+    """What ends a sentence about an unknown name: the one that is nearest, and all there are."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    said = f"; did you mean {near[0]}? There are" if near else "; there are"
+    return f"{said} {', '.join(names)}"
+
+
+def _lacking(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """For each table that lacks settings, which."""
+    tables: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry["type"] == "missing":
+            tables.setdefault(_name_of(entry["loc"][:-1]), []).append(str(entry["loc"][-1]))
+    for table, names in tables.items():
+        yield (f"[{table}] lacks " if table else "missing: ") + ", ".join(names)
+
+
+def _fault(entry: Mapping[str, Any], settings_kind: type | None) -> str:
     name = _name_of(entry["loc"])
+    fields = _fields_at(settings_kind, entry["loc"])
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
     if kind == "unexpected_keyword_argument":
-        return f"no such setting: {name}; there are {', '.join(fields)}"
+        return f"no such setting: {name}{meant(str(entry['loc'][-1]), fields)}"
     if kind == "value_error":
         return str(context["error"]).removeprefix("sampling settings: ")
     if kind == "string_too_short":
@@ -90,9 +111,10 @@ def _fault(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
     if kind == "finite_number":
         return f"{what}; it must be a finite number"
     if bounds:
-        return f"{what}; it must {_range(fields.get(name), context)}"
-    number = {"float": "a number", "int": "a whole number", "bool": "true or false"}
-    expected = number.get(kind.partition("_")[0])
+        return f"{what}; it must {_range(fields.get(str(entry['loc'][-1])), context)}"
+    kinds = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+    kinds |= {"dict": "a table", "dataclass": "a table"}
+    expected = kinds.get(kind.partition("_")[0])
     return f"{what}; it must be {expected}" if expected else f"{what}; {_lowered(entry['msg'])}"
 
 
@@ -101,13 +123,41 @@ def _name_of(loc: Sequence[Any]) -> str:
     return ".".join(part for part in loc if isinstance(part, str))
 
 
+def _fields_at(kind: type | None, loc: Sequence[Any]) -> Mapping[str, FieldInfo]:
+    """The settings of the class that an entry stands in: `kind`, or one that is nested in it."""
+    fields: Mapping[str, FieldInfo] = getattr(kind, "__pydantic_fields__", {})
+    parts = list(loc[:-1])
+    while parts and parts[0] in fields:
+        annotation = fields[parts.pop(0)].annotation
+        if get_origin(annotation) is dict:  # tables by name
+            del parts[:1]
+        fields = getattr(_nested(annotation), "__pydantic_fields__", {})
+    return fields
+
+
+def _nested(annotation: Any) -> type | None:
+    """The class of settings in an annotation, such as that of `dict[str, X]` or `X | None`."""
+    candidates = (annotation, *get_args(annotation))
+    return next((found for found in map(kind_of, candidates) if found is not None), None)
+
+
+def range_of(field: FieldInfo) -> str:
+    """What the bounds of a field ask for, such as `be positive`; empty where it has none."""
+    return _range(field, {}) if _bounds(field) else ""
+
+
+def _bounds(field: FieldInfo) -> dict[str, Any]:
+    return {
+        name: getattr(part, name)
+        for part in _metadata(field)
+        for name in ("gt", "ge", "lt", "le")
+        if hasattr(part, name)
+    }
+
+
 def _range(field: FieldInfo | None, context: Mapping[str, Any]) -> str:
     """What the bounds of a field ask for, in words."""
-    bounds = dict(context)
-    for part in () if field is None else _metadata(field):
-        bounds |= {
-            name: getattr(part, name) for name in ("gt", "ge", "lt", "le") if hasattr(part, name)
-        }
+    bounds = {**context, **({} if field is None else _bounds(field))}
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if low is not None and high is not None:
         if "gt" in bounds and "lt" in bounds:

@@ -9,6 +9,8 @@ import pytest
 
 from experiments.commands import COMMANDS
 from experiments.commands import render as render_commands
+from experiments.plan_keys import PLAN
+from experiments.plan_keys import render as render_plan
 from experiments.tree import END, README, ROOMS, ROOT, START, render
 
 
@@ -30,3 +32,7 @@ def test_the_commands_are_those_of_the_command_line() -> None:
     if f"cyclopts=={version('cyclopts')}\n" not in pinned:
         pytest.skip("another cyclopts lays the document out otherwise")
     assert COMMANDS.read_text(encoding="utf-8") == render_commands(), "run `make docs`"
+
+
+def test_the_plans_keys_are_those_of_its_settings() -> None:
+    assert PLAN.read_text(encoding="utf-8") == render_plan(), "run `make docs`"

@@ -33,7 +33,8 @@ KINDS = {"select": SelectionConfig, "tune": TuningConfig, "eval": EvaluationConf
         ({"layers": "3"}, "it must be A:B"),
         ({"layers": (3, 2)}, "layers is 3:2; the first must be below the end"),
         ({"layers": "x:"}, "it must be A:B"),
-        ({"epoch": 1}, "no such setting: epoch; there are update, epochs"),
+        ({"epoch": 1}, r"no such setting: epoch; did you mean epochs\? There are update, epochs"),
+        ({"nonsense": 1}, "no such setting: nonsense; there are update, epochs"),
     ],
 )
 def test_a_fault_is_named_with_what_was_expected(values: dict[str, Any], said: str) -> None:

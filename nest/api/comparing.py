@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ def compare(
     workers: int | Literal["auto"] = "auto",
     device: str = "auto",
     restart: bool = False,
+    retry_failed: bool = False,
     progress: ProgressCallback | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Comparison:
@@ -37,6 +39,7 @@ def compare(
         device: auto, cpu, cuda, ...
         restart: Begin anew: neither what an interrupted call left beside `out` nor the runs in it are gone
             on with.
+        retry_failed: Run those of them again that failed, and keep all others.
         progress: Called with stage, runs done, runs in all.
         warn: Told what deserves attention; by default a Python warning.
 
@@ -47,7 +50,8 @@ def compare(
     """
     import warnings
 
-    from nest.comparison.plan import Plan, read_plan
+    from nest.comparison.plan import Plan
+    from nest.comparison.plan_file import read_plan
     from nest.comparison.run import run_comparison
 
     plan = config
@@ -62,6 +66,28 @@ def compare(
         workers=workers,
         device=device,
         restart=restart,
+        retry_failed=retry_failed,
+        command=_command(config, out, final, workers, device),
         progress=progress,
         warn=warn or (lambda text: warnings.warn(text, stacklevel=3)),
     )
+
+
+def _command(
+    config: str | Path | Mapping[str, Any] | Plan,
+    out: str | Path,
+    final: bool,
+    workers: int | Literal["auto"],
+    device: str,
+) -> str:
+    """What to type for the same comparison; of whole paths only the last name, as in the results."""
+
+    def name(path: str | Path) -> str:
+        return Path(path).name if Path(path).is_absolute() else str(path)
+
+    if not isinstance(config, (str, Path)):
+        return f"nest.compare(plan, {Path(out).name!r}, final={final})"
+    options = ["--final"] if final else []
+    for option, value in (("--workers", workers), ("--device", device)):
+        options += [] if value == "auto" else [option, str(value)]
+    return shlex.join(["nest", "compare", "--config", name(config), "--out", name(out), *options])

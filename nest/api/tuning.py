@@ -70,8 +70,8 @@ def tune(
         The patch of the best step; `tune_result` gives the loss curve with it.
 
     Raises:
-        InputError: dialogues or settings that cannot be used, or no step that lowered the validation
-            loss.
+        InputError: dialogues or settings that cannot be used; a `NoImprovementError` where no step
+            lowered the validation loss.
         SelectionError: the selection is of another model.
         ActivationError: the loss or a gradient is not a finite number. Where steps before that were
             good it is a `TuningStoppedError`, whose `result.patch` is that of the best of them.

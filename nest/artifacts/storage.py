@@ -36,7 +36,7 @@ CHECKPOINT = "checkpoint"
 SEAL = "sha256"
 """The manifest's entry that holds the hash of all its others."""
 
-_SEALED_SINCE = {"selection": (1, 1), "patch": (1, 2)}
+_SEALED_SINCE = {"selection": (1, 1), "patch": (1, 2), "comparison": (1, 1)}
 """From which format version on a manifest is sealed, and hashes the files beside it."""
 
 _FAULTS: dict[str, type[NestError]] = {"selection": SelectionError, "patch": PatchError}
@@ -222,6 +222,7 @@ def write_artifact(
     manifest: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
     files: Mapping[str, str | bytes] | None = None,
+    hashed: Sequence[str] = (),
     overwrite: bool = False,
 ) -> None:
     """Write an artifact: its manifest, safetensors files and others, all or nothing.
@@ -232,6 +233,7 @@ def write_artifact(
         manifest: Plain values; must hold `format_version`.
         tensors: For each file name its tensors.
         files: Other files by relative path, such as a README.
+        hashed: Which of them are sealed as well; what people may edit is not.
         overwrite: Replace an older artifact of the same kind.
 
     Raises:
@@ -241,23 +243,24 @@ def write_artifact(
     from safetensors.torch import save
 
     assert "format_version" in manifest, "every manifest says its format's version"
-    payloads = {}
+    payloads: dict[str, bytes] = {}
     for name, entries in tensors.items():
         ready = {key: value.detach().cpu().contiguous() for key, value in entries.items()}
         payloads[name] = save(ready, metadata={"format": "pt"})
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in payloads.items()}
+    # a name from a command line can hold bytes that are no text
+    extras = {
+        name: extra.encode("utf-8", "backslashreplace") if isinstance(extra, str) else extra
+        for name, extra in (files or {}).items()
+    }
+    sealed = {**payloads, **{name: extras[name] for name in hashed}}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sealed.items()}
     text = _as_json({"kind": kind, **manifest, "files": hashes})
     text = _as_json({**json.loads(text), SEAL: seal_of(json.loads(text))})
     with new_folder(folder, kind=kind, overwrite=overwrite) as temporary:
-        for name, content in payloads.items():
-            (temporary / name).write_bytes(content)
-        for name, extra in (files or {}).items():
+        for name, content in {**payloads, **extras}.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            # a name from a command line can hold bytes that are no text
-            path.write_bytes(
-                extra.encode("utf-8", "backslashreplace") if isinstance(extra, str) else extra
-            )
+            path.write_bytes(content)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -352,7 +355,13 @@ def read_manifest(folder: str | Path, *, kind: str) -> dict[str, Any]:
 
 
 def check_sealed(
-    folder: str | Path, manifest: Mapping[str, Any], payload: str, *, kind: str
+    folder: str | Path,
+    manifest: Mapping[str, Any],
+    payload: str,
+    *,
+    kind: str,
+    others: bool = True,
+    mend: str | None = None,
 ) -> None:
     """Refuse an artifact of which a bit is not as it was written; called when all of it is read.
 
@@ -363,28 +372,31 @@ def check_sealed(
         manifest: Its manifest.
         payload: The file beside it that must be hashed.
         kind: Decides the error's class.
+        others: Look at all other files that are hashed, too.
+        mend: Ends the sentence; by default to fetch it again.
 
     Raises:
-        SelectionError, PatchError: by kind: the manifest or a file beside it was changed.
+        SelectionError, PatchError, InputError: by kind: the manifest or a file beside it was changed.
     """
     major, _, minor = str(manifest["format_version"]).partition(".")
     version = (int(major), int(minor) if minor.isdecimal() else 0)
     if version < _SEALED_SINCE.get(kind, (0, 0)):
         return
     fault, hashes = _fault(kind), manifest.get("files")
+    mend = f"fetch the {kind} again" if mend is None else mend
     sealed = isinstance(hashes, dict) and payload in hashes
     if not sealed or manifest.get(SEAL) != seal_of(manifest):
         raise fault(
-            f"{Path(folder) / MANIFEST} is not as it was written: it is damaged, or was edited; fetch the "
-            f"{kind} again"
+            f"{Path(folder) / MANIFEST} is not as it was written: it is damaged, or was edited; {mend}"
         )
     for name, expected in dict(hashes or {}).items():
+        if not others and name != payload:
+            continue
         file = Path(folder) / Path(name).name
         found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
         if found != expected:
             raise fault(
-                f"{file} is damaged: its bytes are not those that {MANIFEST} has the hash "
-                f"of; fetch the {kind} again"
+                f"{file} is damaged: its bytes are not those that {MANIFEST} has the hash of; {mend}"
             )
 
 

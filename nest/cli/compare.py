@@ -20,18 +20,20 @@ def command(
     workers: str = "auto",
     device: str = "auto",
     restart: Switch = False,
+    retry_failed: Switch = False,
     talking: Annotated[Talking, Spread] = TALKING,
 ) -> None:
     """Compare methods, controls and baselines with the same data, budget and judges.
 
     Args:
-        config: TOML file: worlds, arms, seeds, and what each stage needs.
+        config: TOML file: worlds, arms, seeds, and what each stage needs; docs/plan.md has all its keys.
         out: Folder for results, tables and report; by default named after the file. What it holds of the
             same comparison is not run again.
         final: Measure on the test splits, on which nothing was chosen; the results say so.
         workers: Processes that runs are spread over; auto takes one a GPU or core.
         device: auto, cpu, cuda, cuda:1, mps.
         restart: Begin anew, whatever an earlier run left in --out or, unfinished, beside it.
+        retry_failed: Run those runs again that failed, and keep all others.
     """
     from nest import api
     from nest.comparison.tables import rich_table
@@ -45,6 +47,7 @@ def command(
             workers=_n_workers(workers),
             device=device,
             restart=restart,
+            retry_failed=retry_failed,
             progress=run.progress,
             warn=run.warn,
         )

@@ -10,6 +10,7 @@ from nest.errors import InputError
 from nest.methods.makers import METHODS, make_method
 from nest.methods.method import Method
 from nest.selection.config import SelectionConfig
+from nest.settings import meant
 from nest.tuning.config import TuningConfig
 
 C = TypeVar("C", TuningConfig, SelectionConfig)
@@ -115,7 +116,7 @@ def made_arm(name: str, table: Mapping[str, Any]) -> Arm:
     if not isinstance(method, str):
         raise InputError(f'{what} has no method; name one, such as method = "lora"')
     if method not in METHODS:
-        raise InputError(f"{what} has the method {method!r}; there are {', '.join(METHODS)}")
+        raise InputError(f"{what} has the method {method!r}{meant(method, METHODS)}")
     own: dict[str, Any] = {}
     for entry, allowed in (("harmful", ("wrapped", "plain")), ("kind", get_args(Kind))):
         found = values.pop(entry, allowed[0] if entry == "harmful" else "baseline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,14 @@ KINDS: Mapping[str, str] = {
     "baseline": "#e09f3e",
     "control": "#8a817c",
 }
-MARKS = "osD^vP*Xh<>8pdH"
+COLOURS = (
+    *("#2a6f97", "#e07a1f", "#3a7d44", "#b3261e", "#7b4fa3"),
+    *("#7a5230", "#d0559c", "#5f6b76", "#9a8a00", "#17a2b0"),
+)
+MARKS = "osD^vP*X<>phd"
+LINES = ("-", "--", ":", "-.")
+"""Arms take the next colour and the next mark; those that share a colour differ in mark and line. The
+numbers of colours and marks have no common divisor: 130 arms are told apart by these two alone."""
 WIDTH = 7.6
 DECADE = 10.0
 """A logarithmic axis that spans less would have no tick with a number."""
@@ -89,18 +97,16 @@ def fronts_svg(comparison: Comparison) -> str | None:
     fronts = comparison.fronts()
     if not fronts:
         return None
-    with svg_figure("fronts", WIDTH, 4.6) as (figure, out):
+    with svg_figure("fronts", WIDTH, _height(comparison)) as (figure, out):
         left, right = figure.subplots(1, 2)
-        for number, (arm, points) in enumerate(fronts.items()):
+        for arm, points in fronts.items():
             for axes, against, scale in ((left, "over_refusal", 100), (right, "kl", 1)):
                 axes.plot(
                     [scale * point[against] for point in points],
                     [100 * point["attack"] for point in points],
-                    f"{MARKS[number % len(MARKS)]}-",
                     ms=4,
                     lw=0.9,
-                    color=_shade(comparison, arm),
-                    label=label(comparison, arm),
+                    **_line_of(comparison, arm),
                 )
         left.set_xlabel("over-refusal, %")
         left.set_ylabel("attack success, %")
@@ -112,15 +118,10 @@ def fronts_svg(comparison: Comparison) -> str | None:
 
 def costs_svg(comparison: Comparison) -> str:
     """Attack success against trained parameters and against seconds."""
-    with svg_figure("costs", WIDTH, 4.6) as (figure, out):
+    with svg_figure("costs", WIDTH, _height(comparison)) as (figure, out):
         left, right = figure.subplots(1, 2, sharey=True)
-        for number, one in enumerate(comparison.summaries[1:]):
-            mark = {
-                "marker": MARKS[number % len(MARKS)],
-                "s": 34,
-                "color": _shade(comparison, one.arm),
-                "label": label(comparison, one.arm),
-            }
+        for one in comparison.summaries[1:]:
+            mark = {"s": 34, **_mark_of(comparison, one.arm)}
             left.scatter([max(1.0, one.figures["parameters"])], [_attack(one)], **mark)
             right.scatter([one.costs["seconds"]], [_attack(one)], **mark)
         sizes = [max(1.0, one.figures["parameters"]) for one in comparison.summaries[1:]]
@@ -139,20 +140,18 @@ def anytime_svg(comparison: Comparison) -> str | None:
     if not rows:
         return None
     worlds = list(dict.fromkeys(row["world"] for row in rows))
-    with svg_figure("anytime", WIDTH, 4.6) as (figure, out):
+    with svg_figure("anytime", WIDTH, _height(comparison)) as (figure, out):
         panels = figure.subplots(1, len(worlds), sharey=True, squeeze=False)[0]
         for axes, world in zip(panels, worlds, strict=True):
-            for number, arm in enumerate(comparison.plan.arms):
+            for arm in comparison.plan.arms:
                 for row in rows:
                     if (row["world"], row["arm"]) == (world, arm):
                         axes.plot(
                             [point["seconds"] for point in row["curve"]],
                             [100 * point["attack_success"] for point in row["curve"]],
-                            f"{MARKS[number % len(MARKS)]}-",
                             ms=3,
                             lw=0.9,
-                            color=_shade(comparison, arm),
-                            label=label(comparison, arm),
+                            **_line_of(comparison, arm),
                         )
             axes.set_title(world)
             axes.set_xlabel("seconds, selection included")
@@ -166,13 +165,13 @@ def robustness_svg(comparison: Comparison) -> str | None:
     found = [row for row in comparison.robustness() if row["found"] is not None]
     if not found:
         return None
-    with svg_figure("robustness", WIDTH, 4.6) as (figure, out):
+    with svg_figure("robustness", WIDTH, _height(comparison)) as (figure, out):
         panels = figure.subplots(1, 2, sharey=True)
         for axes, kind in zip(panels, ("benign", "harmful"), strict=True):
-            for number, arm in enumerate(comparison.plan.arms):
+            for arm in comparison.plan.arms:
                 told = [row["found"] for row in found if row["arm"] == arm and kind in row["found"]]
                 if told:
-                    _curve(axes, comparison, arm, number, told, kind)
+                    _curve(axes, comparison, arm, told, kind)
             axes.set_title(f"{kind} fine-tuning")
             axes.set_xlabel("optimizer steps")
             _scaled(axes, "symlog", linthresh=1.0)
@@ -185,7 +184,6 @@ def _curve(
     axes: Axes,
     comparison: Comparison,
     arm: str,
-    number: int,
     told: Sequence[Mapping[str, Any]],
     kind: str,
 ) -> None:
@@ -200,15 +198,7 @@ def _curve(
         ],
         axis=0,
     )
-    axes.plot(
-        steps,
-        100 * rates,
-        f"{MARKS[number % len(MARKS)]}-",
-        ms=3.5,
-        lw=0.9,
-        color=_shade(comparison, arm),
-        label=label(comparison, arm),
-    )
+    axes.plot(steps, 100 * rates, ms=3.5, lw=0.9, **_line_of(comparison, arm))
 
 
 def _scaled(axes: Axes, scale: str, **how: float) -> None:
@@ -221,7 +211,10 @@ def _scaled(axes: Axes, scale: str, **how: float) -> None:
 
 def _legend(figure: Any, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    once = dict(zip(labels, handles, strict=True))  # an arm with several seeds has a line for each
+    figure.legend(
+        once.values(), once, loc="outside lower center", ncols=3, fontsize=8, handlelength=3.2
+    )
 
 
 def _attack(one: Summary) -> float:
@@ -232,11 +225,25 @@ def _colour(comparison: Comparison, arm: str) -> str:
     return KINDS[comparison.plan.arm_of(arm).kind if arm else "untreated"]
 
 
-def _shade(comparison: Comparison, arm: str) -> Any:
-    """The colour of the arm's kind, darker or lighter by its place among those."""
-    from matplotlib.colors import to_rgb
+def _height(comparison: Comparison) -> float:
+    """Inches, the legend's included: a row of it for three arms."""
+    return 4.2 + 0.2 * math.ceil(len(comparison.plan.arms) / 3)
 
-    kind = comparison.plan.arm_of(arm).kind
-    same = [name for name in comparison.plan.arms if comparison.plan.arm_of(name).kind == kind]
-    share = same.index(arm) / max(1, len(same) - 1) if len(same) > 1 else 0.0
-    return tuple(channel + (0.75 * share) * (0.92 - channel) for channel in to_rgb(KINDS[kind]))
+
+def _mark_of(comparison: Comparison, arm: str) -> dict[str, Any]:
+    """An arm's mark and colour, the same in all figures."""
+    number = comparison.plan.arms.index(arm)
+    return {
+        "marker": MARKS[number % len(MARKS)],
+        "color": COLOURS[number % len(COLOURS)],
+        "label": label(comparison, arm),
+    }
+
+
+def _line_of(comparison: Comparison, arm: str) -> dict[str, Any]:
+    """The same with its line."""
+    number = comparison.plan.arms.index(arm)
+    return {
+        **_mark_of(comparison, arm),
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+    }

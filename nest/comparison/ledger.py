@@ -21,6 +21,7 @@ class Ledger:
         identities: Hashes of the model and prompts of each world.
         journal: Takes what is finished from now on.
         finished: Lines of an earlier comparison that this one goes on from.
+        retry_failed: Runs that failed count as not run yet.
 
     Raises:
         InputError: a line tells of an arm or world of the same name that was another then.
@@ -32,6 +33,8 @@ class Ledger:
         identities: Mapping[str, Mapping[str, Any]],
         journal: Journal,
         finished: Sequence[Mapping[str, Any]] = (),
+        *,
+        retry_failed: bool = False,
     ) -> None:
         self._plan, self._identities, self._journal = plan, identities, journal
         self._lines: dict[str, dict[str, Any]] = {}
@@ -39,10 +42,16 @@ class Ledger:
         for line in (*finished, *ours):
             self._check(line)
             self._lines[line["key"]] = dict(line)
+        self._again = {
+            key
+            for key, line in self._lines.items()
+            if retry_failed and line["outcome"]["failed"] is not None
+        }
 
     def outcome(self, task: Task) -> Outcome | None:
-        """What a run found; None where it has not been run."""
-        line = self._lines.get(key_of(self.specification(task)))
+        """What a run found; None where it has not been run, or is to be run again."""
+        key = key_of(self.specification(task))
+        line = None if key in self._again else self._lines.get(key)
         return None if line is None else Outcome.from_json(line["outcome"])
 
     def add(self, task: Task, outcome: Outcome) -> None:
@@ -51,6 +60,7 @@ class Ledger:
         key = key_of(specification)
         line = {"key": key, "specification": specification, "outcome": outcome.to_json()}
         self._lines[key] = json.loads(json.dumps(line))
+        self._again.discard(key)
         self._journal.add(line)
 
     def specification(self, task: Task) -> dict[str, Any]:

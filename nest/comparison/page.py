@@ -11,14 +11,23 @@ import numpy as np
 from nest.artifacts.provenance import package_versions
 from nest.comparison import figures
 from nest.comparison.tables import HEADINGS, label, measured_on, summary_rows, world_sentence
+from nest.comparison.task import key_of
 from nest.reporting.html import rendered
 
 if TYPE_CHECKING:
     from nest.comparison.result import Comparison
 
+DECIDING = ("peft", "scipy", "statsmodels")
+"""Packages that decide results of comparisons, beside those of every stage."""
 
-def page(comparison: Comparison) -> str:
-    """The page's HTML."""
+
+def page(comparison: Comparison, made: Mapping[str, str] | None = None) -> str:
+    """The page's HTML.
+
+    Args:
+        comparison: What was found.
+        made: By which command, and when.
+    """
     plan = comparison.plan
     return rendered(
         "nest.comparison",
@@ -64,6 +73,7 @@ def page(comparison: Comparison) -> str:
         ],
         reached=_reached(comparison),
         equal=_equal(comparison),
+        untrained=", ".join(label(comparison, arm) for arm in comparison.untrained),
         level=None if plan.anytime is None else f"{100 * plan.anytime.level:g} %",
         undone=_undone(comparison),
         judges=_judges(comparison),
@@ -72,8 +82,9 @@ def page(comparison: Comparison) -> str:
             for run in comparison.runs
             if run.outcome.failed is not None
         ],
+        unimproved=[run.task.name for run in comparison.runs if run.outcome.is_unimproved],
         warnings=_warnings(comparison),
-        reproduce=_reproduce(comparison),
+        reproduce=_reproduce(comparison, made or {}),
         plots={
             "attack": figures.attack_svg(comparison),
             "worlds": figures.worlds_svg(comparison) if len(plan.worlds) > 1 else None,
@@ -206,16 +217,24 @@ def _warnings(comparison: Comparison) -> list[str]:
     return [f"{said} ({count} run{'s' if count > 1 else ''})" for said, count in counts.items()]
 
 
-def _reproduce(comparison: Comparison) -> list[tuple[str, str]]:
+def _reproduce(comparison: Comparison, made: Mapping[str, str]) -> list[tuple[str, str]]:
     plan = comparison.plan
+    models = {
+        f"model of {name}, sha256 of its files": facts.identity["model"]["files"]
+        for name, facts in comparison.worlds.items()
+    }
     facts = {
+        **made,
+        "measured on": "test splits" if comparison.final else "development splits",
+        "plan, sha256 of its entry in results.json": key_of(plan.without_folders()),
+        **models,
         "arms": ", ".join(plan.arms),
         "worlds": ", ".join(plan.worlds),
         "seeds": ", ".join(map(str, plan.seeds)),
+        **({} if plan.sweep is None else {"seed of the sweep": str(plan.sweep.seed)}),
         "judge": plan.judge,
         "resamples": str(plan.resamples),
         "threads a worker": str(plan.threads),
         "machine": platform.machine(),
     }
-    versions = {name: str(version) for name, version in package_versions().items()}
-    return [*facts.items(), *versions.items()]
+    return [*facts.items(), *package_versions(*DECIDING).items()]

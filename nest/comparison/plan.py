@@ -1,10 +1,8 @@
-"""What is compared: arms on worlds over seeds, read from a TOML file and checked before any work."""
+"""What is compared: arms on worlds over seeds, checked before any work."""
 
 from __future__ import annotations
 
-import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, replace
 from pathlib import Path
@@ -13,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from nest.comparison.arms import ARMS, Arm, made_arm
-from nest.errors import InputError, MissingInputError
+from nest.errors import InputError
 from nest.evaluation.config import EvaluationConfig
-from nest.prompts.text import read_text
 from nest.selection.config import SelectionConfig
-from nest.settings import AtLeastOne, Layers, Positive, settings
+from nest.settings import AtLeastOne, Layers, Positive, meant, settings
 from nest.tuning.config import TuningConfig
 from nest.worlds.build import RECIPES
 
@@ -28,11 +25,6 @@ Split = Literal["development", "test"]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 
 DEFAULT_EVALUATION: Mapping[str, Any] = {"max_new_tokens": 40, "benign_twin_prompts": 0}
-PATHS = (
-    *("model", "unsafe", "safe", "harmful", "benign", "complying"),
-    *("borderline", "attacks"),
-)
-SPLITS = ("development", "test")
 NOT_HERE = {
     "selecting": ("seed", "layers"),
     "tuning": ("seed", "layers", "learning_rate", "update", "mode"),
@@ -312,6 +304,8 @@ class Plan:
         What is left open (None) is not in it, so that a setting that comes later leaves old runs what they
         were; where None stands for something that could change, that is in it.
         """
+        from nest.methods.neurons import Neurons
+
         arm, method = self.arm_of(name), self.made(name, seed)
         values = asdict(method)  # type: ignore[call-overload]
         del values["name"]
@@ -320,8 +314,11 @@ class Plan:
             values["tuning"]["start"] = replace(method.tuning, update=form).resolved_start
         else:
             values["tuning"].pop("start", None)  # no other method's runs depend on it
-        if "selecting" in values and values["selecting"]["neurons"] is None:
-            values["selecting"]["z_threshold"] = method.selecting.threshold
+        if selecting := values.get("selecting"):
+            if selecting["neurons"] is None:
+                selecting["z_threshold"] = SelectionConfig(**selecting).threshold
+            if (values.get("scorer") or selecting["scorer"]) != "learned":
+                del selecting["learning_epochs"]
         return {"method": arm.method, "harmful": arm.harmful, **_without_none(values)}
 
     def tried_by(self, name: str) -> tuple[str, tuple[float, ...]]:
@@ -331,6 +328,18 @@ class Plan:
     def values(self) -> dict[str, Any]:
         """All of it as plain values, from which the same plan can be made."""
         return dict(json.loads(json.dumps(asdict(self), default=str)))
+
+    def without_folders(self) -> dict[str, Any]:
+        """The same with files by their names alone: where they lie is nobody's business."""
+
+        def bare(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: bare(entry) for key, entry in value.items()}
+            is_path = isinstance(value, str) and Path(value).is_absolute()
+            return Path(value).name if is_path else value
+
+        values = self.values()
+        return {**values, "world": bare(values["world"])}
 
     def role_of(self, world: str) -> str:
         """`choosing` or `final`."""
@@ -387,74 +396,6 @@ class Plan:
         return {name: values[name] for name in values if name not in ("worlds", "seeds")}
 
 
-def read_plan(path: str | Path) -> Plan:
-    """A plan from a TOML file; paths in it are meant from the file's own folder.
-
-    What `[every_world]` says holds for each `[world.NAME]` that does not say it itself.
-
-    Raises:
-        InputError: no such file, not TOML, or entries that cannot be; all of them are named.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingInputError(
-            f"there is no file {str(path)!r}; name the TOML file of a comparison"
-        )
-    try:
-        content = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as fault:
-        raise InputError(f"{path} cannot be read as TOML: {fault}") from None
-    try:
-        return Plan(**_with_paths(_with_every_world(content), path.parent))
-    except InputError as fault:
-        raise InputError(f"{path}: {fault}") from None
-    except TypeError as fault:
-        raise InputError(f"{path}: {fault}") from None
-
-
-def _with_every_world(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with the entries of `[every_world]` in each world that does not have its own.
-
-    Raises:
-        InputError: it is no table.
-    """
-    values = dict(content)
-    common, worlds = values.pop("every_world", {}), values.get("world", {})
-    if not isinstance(common, Mapping):
-        raise InputError(f"every_world is {common!r}; it must be a table, [every_world]")
-    if isinstance(worlds, Mapping) and all(isinstance(one, Mapping) for one in worlds.values()):
-        values["world"] = {name: {**common, **own} for name, own in worlds.items()}
-    return values
-
-
-def _with_paths(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The same with files of worlds found from the plan's own folder, where they are there."""
-
-    def found(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        name, colon, column = value.partition(":")
-        beside = folder / name
-        try:
-            there = bool(name) and beside.exists()
-        except OSError:  # too long for a file's name
-            there = False
-        return f"{beside}{colon}{column}" if there else value
-
-    def with_paths(table: Any) -> Any:
-        if not isinstance(table, Mapping):
-            return table
-        return {
-            key: found(value) if key in PATHS else with_paths(value) if key in SPLITS else value
-            for key, value in table.items()
-        }
-
-    worlds = content.get("world", {})
-    if not isinstance(worlds, Mapping):
-        return dict(content)
-    return {**content, "world": {name: with_paths(table) for name, table in worlds.items()}}
-
-
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _without_none(value) if isinstance(value, Mapping) else value
@@ -472,6 +413,4 @@ def _check_once(what: str, values: Sequence[Any]) -> None:
 def _check_known(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else "."
-            raise ValueError(f"there is no {kind} {name!r}{meant} There are {', '.join(known)}")
+            raise ValueError(f"there is no {kind} {name!r}{meant(name, known)}")

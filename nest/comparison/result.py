@@ -1,18 +1,14 @@
-"""What a comparison found: runs, their summaries, and the folder that they are written to."""
+"""What a comparison found: runs, and what they come to."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nest.artifacts.provenance import package_versions
-from nest.artifacts.storage import write_artifact
 from nest.comparison.choices import Choice
 from nest.comparison.plan import Plan
 from nest.comparison.statistics import (
@@ -28,11 +24,8 @@ from nest.comparison.subjects import WorldFacts
 from nest.comparison.task import Outcome, Task
 from nest.evaluation.metrics import Interval
 
-KIND, FORMAT = "comparison", "1.0"
 FIGURES = ("bare", "wrapped", "worst", "over_refusal", "exact_match", "kl")
 COSTS = ("seconds", "training_seconds", "peak_memory_bytes")
-BULKY = ("outcomes", "history", "groups")
-"""Of a run's figures, what stays in the journal."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,7 @@ class Summary:
         seeds: Lowest and highest `attack` of a seed.
         costs: Means of seconds and peak memory.
         n_failed: Runs that failed; each counts as no treatment at all.
+        n_unimproved: Runs in which no step of training was better than none: the model is as it was.
         p: Of the difference in `attack` from the reference arm, corrected for the number of arms; None
             for that arm itself and for the untreated models.
     """
@@ -67,6 +61,7 @@ class Summary:
     seeds: Interval
     costs: Mapping[str, float]
     n_failed: int = 0
+    n_unimproved: int = 0
     p: float | None = None
 
 
@@ -127,8 +122,22 @@ class Comparison:
 
     def summaries_of(self, worlds: tuple[str, ...]) -> tuple[Summary, ...]:
         """Each arm on these worlds together, the untreated models first."""
-        p_values = self._p_values(worlds)
-        return tuple(self._summary(arm, worlds, p_values.get(arm)) for arm in ("", *self.plan.arms))
+        if worlds not in self._summaries:
+            p_values = self._p_values(worlds)
+            self._summaries[worlds] = tuple(
+                self._summary(arm, worlds, p_values.get(arm)) for arm in ("", *self.plan.arms)
+            )
+        return self._summaries[worlds]
+
+    @cached_property
+    def _summaries(self) -> dict[tuple[str, ...], tuple[Summary, ...]]:
+        """Those that were asked for: thousands of resamples are drawn for each."""
+        return {}
+
+    def all_summaries(self) -> tuple[Summary, ...]:
+        """Each arm over each pool of worlds, and then on each world alone."""
+        groups = (*self.pools.values(), *((world,) for world in self.plan.worlds))
+        return tuple(one for worlds in groups for one in self.summaries_of(worlds))
 
     def _p_values(self, worlds: tuple[str, ...]) -> Mapping[str, float]:
         reference = self.plan.compared_with
@@ -173,8 +182,9 @@ class Comparison:
                 )
                 for key in COSTS
             },
-            sum(run.outcome.failed is not None for run in runs),
-            p,
+            n_failed=sum(run.outcome.failed is not None for run in runs),
+            n_unimproved=sum(run.outcome.is_unimproved for run in runs),
+            p=p,
         )
 
     def _main(self, arm: str, world: str) -> list[Run]:
@@ -286,10 +296,12 @@ class Comparison:
     def at_equal_seconds(self) -> dict[str, dict[str, Any]]:
         """For each world the seconds that the fastest arm took, and what each arm had reached by then.
 
+        An arm that trains nothing has no course to compare: it is left out.
+
         Returns:
             `seconds`, and by arm the `attack` and `over_refusal` of its last look by then, mean over seeds.
         """
-        rows = [row for row in self.anytime() if row["curve"] and row["curve"][-1]["step"] > 0]
+        rows = [row for row in self.anytime() if row["curve"] and row["arm"] not in self.untrained]
         found: dict[str, dict[str, Any]] = {}
         for world in dict.fromkeys(row["world"] for row in rows):
             own = [row for row in rows if row["world"] == world]
@@ -308,6 +320,16 @@ class Comparison:
             found[world] = {"seconds": seconds, "arms": arms}
         return found
 
+    @cached_property
+    def untrained(self) -> tuple[str, ...]:
+        """The arms that train nothing, of those that were watched."""
+        nothing = {
+            run.task.arm
+            for run in self.of_stage("anytime")
+            if run.outcome.figures.get("trainable_parameters") == 0
+        }
+        return tuple(arm for arm in self.plan.arms if arm in nothing)
+
     def robustness(self) -> list[dict[str, Any]]:
         """For each run of that stage what undoes it; None for an arm that changes no weights."""
         return [
@@ -320,85 +342,24 @@ class Comparison:
             for run in self.of_stage("robustness")
         ]
 
-    # --- written ----------------------------------------------------------------------------------
-
-    def results(self) -> dict[str, Any]:
-        """What depends on the runs alone and not on the machine's speed: the same bytes again."""
-        return {
-            "title": self.plan.title,
-            "measured_on": "test" if self.final else "development",
-            "plan": _without_folders(self.plan.values()),
-            "pools": dict(self.pools),
-            "worlds": {
-                name: {**asdict(facts), "base": _slim(self.base[name])}
-                for name, facts in self.worlds.items()
-            },
-            "choices": {arm: asdict(choice) for arm, choice in self.choices.items()},
-            "summaries": [
-                {key: value for key, value in asdict(one).items() if key != "costs"}
-                for one in (
-                    *(one for pool in self.pools.values() for one in self.summaries_of(pool)),
-                    *(one for world in self.plan.worlds for one in self.summaries_of((world,))),
-                )
-            ],
-            "by_other_judges": self.by_other_judges(),
-            "fronts": self.fronts(),
-            "anytime": [_without_seconds(row) for row in self.anytime()],
-            "robustness": self.robustness(),
-            "runs": [
-                {
-                    **{"task": run.task.to_json(), "failed": run.outcome.failed},
-                    **{"warnings": list(run.outcome.warnings), **_slim(run.outcome.figures)},
-                }
-                for run in self.runs
-            ],
-        }
-
-    def costs(self) -> dict[str, Any]:
-        """What was measured of the machine: seconds and memory."""
-        return {
-            "runs": [{"task": run.task.to_json(), **run.outcome.cost} for run in self.runs],
-            "anytime": self.anytime(),
-            "at_equal_seconds": self.at_equal_seconds(),
-        }
-
-    def save(self, out: str | Path, journal: str, identity: Mapping[str, Any]) -> None:
-        """Write the folder: results.json, costs.json, tables.md, report.html, journal.jsonl.
-
-        Args:
-            out: Replaced, where it holds an earlier comparison.
-            journal: A line a run, for a later comparison to go on from.
-            identity: What that one may not differ in.
-
-        Raises:
-            OutputExistsError: something else is there.
-            NestError: the disk would not take it.
-        """
-        from nest.comparison.page import page
-        from nest.comparison.tables import tables
-
-        write_artifact(
-            out,
-            kind=KIND,
-            manifest={
-                "format_version": FORMAT,
-                "identity": identity,
-                "versions": package_versions(),
-            },
-            tensors={},
-            files={
-                "results.json": _text(self.results()),
-                "costs.json": _text(self.costs()),
-                "tables.md": tables(self),
-                "report.html": page(self),
-                "journal.jsonl": journal,
-            },
-            overwrite=True,
-        )
+    # --- told -------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """What `nest compare --json` prints, but where it was written."""
-        return {"final": self.final, "arms": self.rows()}
+        """What `nest compare --json` prints, but where it was written.
+
+        Returns:
+            `final`, `arms` (the reported runs, one each), `untreated` (each world's model as it is) and
+            `summaries` (see `Summary`: means, intervals and p; the arm of the untreated models is empty).
+        """
+        return {
+            "final": self.final,
+            "arms": self.rows(),
+            "untreated": [
+                {"world": world, **{key: figures[key] for key in FIGURES if key in figures}}
+                for world, figures in self.base.items()
+            ],
+            "summaries": [asdict(one) for one in self.all_summaries()],
+        }
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -410,6 +371,7 @@ def _row(run: Run) -> dict[str, Any]:
         "seconds": cost.get("seconds"),
         "peak_memory_bytes": cost.get("peak_memory_bytes"),
         "failed": run.outcome.failed,
+        "unimproved": run.outcome.is_unimproved,
     }
 
 
@@ -435,29 +397,5 @@ def _digits(text: str) -> Shares:
     return np.array([float(digit) for digit in text])
 
 
-def _without_folders(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan with files by their names alone: where they lie is nobody's business."""
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: bare(entry) for key, entry in value.items()}
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    return {**plan, "world": bare(plan["world"])}
-
-
-def _slim(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in figures.items() if key not in BULKY}
-
-
-def _without_seconds(row: Mapping[str, Any]) -> dict[str, Any]:
-    curve = [{k: v for k, v in point.items() if k != "seconds"} for point in row["curve"]]
-    return {**{k: v for k, v in row.items() if k != "seconds_to_level"}, "curve": curve}
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _text(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from nest.artifacts.provenance import package_versions
-from nest.artifacts.storage import check_output, read_manifest
+from nest.artifacts.storage import check_output
 from nest.artifacts.unfinished import Unfinished, beside
 from nest.comparison.choices import Choice, chosen
-from nest.comparison.ledger import Ledger, read_lines
+from nest.comparison.folder import KIND, earlier_runs, write_folder
+from nest.comparison.ledger import Ledger
 from nest.comparison.plan import Plan, Split
-from nest.comparison.result import KIND, Comparison, Run
+from nest.comparison.result import Comparison, Run
 from nest.comparison.statistics import holm
 from nest.comparison.subjects import WorldFacts, facts_of, material_of
 from nest.comparison.task import Outcome, Stage, Task
@@ -22,7 +23,6 @@ from nest.errors import EngineError, InputError
 from nest.progress import ProgressCallback
 
 COMPLIES_WITH_ALL = 0.99
-JOURNAL = "journal.jsonl"
 
 
 def run_comparison(
@@ -33,6 +33,8 @@ def run_comparison(
     workers: int | Literal["auto"] = "auto",
     device: str = "auto",
     restart: bool = False,
+    retry_failed: bool = False,
+    command: str = "",
     progress: ProgressCallback | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -46,6 +48,8 @@ def run_comparison(
         device: auto, cpu, cuda, ...
         restart: Begin anew: neither the unfinished work of an earlier call beside the folder nor the
             runs in it are gone on with.
+        retry_failed: Run those of them again that failed.
+        command: What the report says that this is made by.
         progress: Called with stage, runs done, runs in all.
         warn: Told what deserves attention.
 
@@ -57,7 +61,7 @@ def run_comparison(
     devices = devices_for(device, workers, plan.threads)
     holm({"a": 1.0})  # what is missing is said now, and not after hours
     identity = {"protocol": plan.protocol(), "final": final}
-    earlier = [] if restart else _earlier(out, identity, warn)
+    earlier = [] if restart else earlier_runs(out, identity, warn)
     check_output(out, kind=KIND, overwrite=True)
     # before anything is thrown away
     materials = [material_of(plan, name, final=final) for name in plan.worlds]
@@ -70,11 +74,18 @@ def run_comparison(
             {name: facts.identity for name, facts in worlds.items()},
             work.journal,
             earlier,
+            retry_failed=retry_failed,
         )
         with Workers(plan.values(), devices, plan.threads) as pool:
             found = _Stages(plan, final, ledger, pool, progress, warn).run()
         comparison = Comparison(plan, final, worlds, *found)
-        comparison.save(out, ledger.content([run.task for run in comparison.runs]), identity)
+        write_folder(
+            comparison,
+            out,
+            journal=ledger.content([run.task for run in comparison.runs]),
+            identity=identity,
+            made={"command": command, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"},
+        )
     return comparison
 
 
@@ -108,45 +119,6 @@ def devices_for(device: str, workers: int | Literal["auto"], threads: int) -> li
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     room = max(1, (cores or 1) // threads) if kind == "cpu" else 1
     return [kind] * (room if workers == "auto" else workers)
-
-
-def _earlier(
-    out: Path, identity: Mapping[str, Any], warn: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The runs of a finished comparison in the folder.
-
-    Raises:
-        OutputExistsError: something else is there.
-        InputError: a comparison with other settings is there.
-    """
-    check_output(out, kind=KIND, overwrite=True)
-    if not out.exists() or not any(out.iterdir()):
-        return []
-    manifest = read_manifest(out, kind=KIND)
-    then = manifest.get("identity")
-    if then != identity:
-        if isinstance(then, dict) and then.get("final") != identity["final"]:
-            was = "the test splits (--final)" if then.get("final") else "development splits"
-            raise InputError(
-                f"{out} holds a comparison on {was}; choose another --out, so that both stay apart"
-            )
-        raise InputError(
-            f"{out} holds a comparison with another judge, [evaluation] or number of threads; choose "
-            "another --out, or begin anew with --restart"
-        )
-    if manifest.get("versions") != package_versions():
-        warn(
-            f"the runs in {out} were made with other versions ({_told(manifest.get('versions'))}): new "
-            "ones can differ from them in more than their arms"
-        )
-    return read_lines(out / JOURNAL)
-
-
-def _told(versions: Any) -> str:
-    if not isinstance(versions, Mapping):
-        return "unknown"
-    now = package_versions()
-    return ", ".join(f"{k} {v}" for k, v in versions.items() if now.get(k) != v)
 
 
 class _Stages:
@@ -240,7 +212,7 @@ class _Stages:
         self._done_so_far = len(self._runs) + len(tasks) - len(left)
         died: list[str] = []
         self._tell()
-        for task, outcome in self._pool.run(left, beat=self._tell):
+        for task, outcome in self._pool.run(left, beat=self._tell, warn=self._warn):
             if isinstance(outcome, str):
                 died.append(f"{task.name} ({outcome})")
                 continue

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest.comparison.plan import HeldOut, OwnWorld, Plan, Split
-from nest.errors import InputError
+from nest.errors import InputError, MissingInputError
 from nest.progress import ProgressCallback
 from nest.prompts.attacks import NO_ATTACK, Attack, TemplateAttack, asked_attacks, attacks_hash
 from nest.prompts.overlap import Overlap, near_duplicates
@@ -145,7 +146,8 @@ def facts_of(
         own = plan.world[name]
         from nest.models.loading import checkpoint_folder
 
-        folder = checkpoint_folder(_model_name(own.model), revision=own.revision)
+        with _named(f"[world.{name}] model"):
+            folder = checkpoint_folder(_model_name(own.model), revision=own.revision)
         model: Any = {"files": _folder_hash(Path(folder)), "settings": _model_settings(own)}
     else:
         raised = grown(name, progress=progress)
@@ -178,9 +180,10 @@ def open_subject(plan: Plan, name: str, device: str) -> tuple[Subject, Encoder]:
         model, tokenizer = load_model(str(raised.folder / "model"), device=device)
         encoder = encoder_for(model, tokenizer, None, None, None)
         return Subject(model, encoder, find_sites(model, _layout(raised, model))), encoder
-    model, tokenizer = load_model(
-        _model_name(own.model), dtype=own.dtype, device=device, revision=own.revision
-    )
+    with _named(f"[world.{name}]"):
+        model, tokenizer = load_model(
+            _model_name(own.model), dtype=own.dtype, device=device, revision=own.revision
+        )
     encoder = encoder_for(model, tokenizer, None, own.system, own.template_kwargs or None)
     sites = find_sites(model)
     if own.layers is not None:
@@ -266,32 +269,49 @@ def _layout(raised: Grown, model: Any) -> Any:
 
 
 def _own_material(name: str, own: OwnWorld, final: bool) -> Material:
-    training = {
-        "unsafe": load_prompts(own.unsafe),
-        "safe": load_prompts(own.safe),
-        "harmful": load_prompts(own.harmful, need_response=True),
-        "benign": load_prompts(own.benign, need_response=True),
-    }
-    if own.complying is not None:
-        training["complying"] = load_prompts(own.complying, need_response=True)
+    training = {}
+    for key in ("unsafe", "safe", "harmful", "benign", "complying"):
+        file = getattr(own, key)
+        if file is not None:
+            with _named(f"[world.{name}] {key}"):
+                training[key] = load_prompts(file, need_response=key not in ("unsafe", "safe"))
     if final and own.test is None:
         raise InputError(
             f"[world.{name}] has no test split; give [world.{name}.test] for --final, or leave --final out"
         )
-    test = _held_out(own.test, own.prompts) if final and own.test is not None else None
-    return Material(name, training, _held_out(own.development, own.prompts), test)
+    test = None
+    if final and own.test is not None:
+        test = _held_out(f"[world.{name}.test]", own.test, own.prompts)
+    development = _held_out(f"[world.{name}.development]", own.development, own.prompts)
+    return Material(name, training, development, test)
 
 
-def _held_out(files: HeldOut, prompts: int | None) -> Measured:
-    harmful = load_prompts(files.harmful)
-    attacks, _ = asked_attacks(files.attacks)
+def _held_out(table: str, files: HeldOut, prompts: int | None) -> Measured:
+    sets = {}
+    for key in ("harmful", "borderline", "benign"):
+        with _named(f"{table} {key}"):
+            sets[key] = load_prompts(getattr(files, key), need_response=key == "benign")
+    with _named(f"{table} attacks"):
+        attacks, _ = asked_attacks(files.attacks)
     ordered = tuple(sorted(attacks, key=lambda attack: attack.name != NO_ATTACK.name))
-    borderline = load_prompts(files.borderline)
-    benign = load_prompts(files.benign, need_response=True)
-    sets = {"harmful": harmful, "borderline": borderline, "benign": benign}
     groups = {name: tuple(range(len(one))) for name, one in sets.items()}
-    measured = Measured(harmful, borderline, benign, ordered, groups)
+    measured = Measured(**sets, attacks=ordered, groups=groups)
     return measured if prompts is None else measured.cut(prompts)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Say of a fault which entry of the plan it is in.
+
+    Raises:
+        InputError: the fault.
+    """
+    try:
+        yield
+    except MissingInputError as fault:
+        raise MissingInputError(f"{what}: {fault}") from None
+    except InputError as fault:
+        raise InputError(f"{what}: {fault}") from None
 
 
 def _model_name(name: str) -> str:

@@ -48,6 +48,7 @@ def tables(comparison: Comparison) -> str:
         ("Steps until attack success stays down", anytime_table(comparison)),
         ("What undoes it", robustness_table(comparison)),
         ("Runs that failed", failed_table(comparison)),
+        ("Runs in which no step lowered the validation loss", unimproved_table(comparison)),
     ):
         parts += [f"## {heading}", table] if table else []
     return "\n\n".join(parts) + "\n"
@@ -102,13 +103,27 @@ def rich_table(comparison: Comparison) -> Table:
     pool = next(iter(comparison.pools))
     table = Table(title=f"{pool.lower()}, {split}, percent", title_justify="left", box=SIMPLE_HEAD)
     table.pad_edge = False
-    table.add_column("arm")
+    table.add_column("arm", overflow="fold")
     for heading in ("attack", "95 %", "refuses", "exact", "KL", "numbers", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in comparison.summaries:
         row = _summary_row(comparison, one)
         refuses = _percent(one.figures["over_refusal"])
-        table.add_row(one.arm or "untreated", row[1], row[2], refuses, *row[7:])
+        star = " *" if marked("", one) else ""
+        table.add_row(f"{one.arm or 'untreated'}{star}", row[1], row[2], refuses, *row[7:])
+    outcomes = [run.outcome for run in comparison.runs]
+    failed = sum(one.failed is not None for one in outcomes)
+    unimproved = sum(one.is_unimproved for one in outcomes)
+    if failed or unimproved:
+        stars = [f"* {marked(one.arm, one)}" for one in comparison.summaries if marked("", one)]
+        table.caption_justify = "left"
+        table.caption = "\n".join(
+            (
+                *stars,
+                f"Of all {len(outcomes)} runs {failed} failed, and in {unimproved} no step improved: they "
+                "count as the untreated model, and tables.md names them.",
+            )
+        )
     return table
 
 
@@ -221,16 +236,31 @@ def failed_table(comparison: Comparison) -> str:
     return _markdown(("run", "why"), rows) if rows else ""
 
 
+def unimproved_table(comparison: Comparison) -> str:
+    """Runs whose training made nothing better: their figures are those of the model as it is."""
+    rows = [(run.task.name,) for run in comparison.runs if run.outcome.is_unimproved]
+    return _markdown(("run",), rows) if rows else ""
+
+
 def label(comparison: Comparison, arm: str) -> str:
     """An arm's row in the tables."""
     return comparison.plan.arm_of(arm).label if arm else "untreated"
 
 
+def marked(name: str, one: Summary) -> str:
+    """An arm's name with how many of its runs are no treatment, and why."""
+    said = (
+        f"{one.n_failed} failed" if one.n_failed else "",
+        f"no step improved in {one.n_unimproved}" if one.n_unimproved else "",
+    )
+    why = ", ".join(filter(None, said))
+    return f"{name} ({why})" if why else name
+
+
 def _summary_row(comparison: Comparison, one: Summary) -> tuple[str, ...]:
     figures = one.figures
-    name = label(comparison, one.arm)
     return (
-        f"{name} ({one.n_failed} failed)" if one.n_failed else name,
+        marked(label(comparison, one.arm), one),
         _percent(figures["attack"]),
         _interval(one.intervals["attack"]),
         _interval(one.seeds),

@@ -63,6 +63,11 @@ class Outcome:
     failed: str | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_unimproved(self) -> bool:
+        """Whether it trained and no step was better than none: its figures are the untreated model's."""
+        return bool(self.figures.get("steps")) and self.figures.get("best_step") == 0
+
     def to_json(self) -> dict[str, Any]:
         return {
             "figures": dict(self.figures),

@@ -6,7 +6,7 @@ Each line of the input is a JSON object with `plan` (a TOML file's content as va
 and `threads`; each line of the output is `{"outcome": ...}`, `{"fault": sentence, "failed": bool}` or
 `{"died": signal}`.
 A fork a task keeps the peak memory of one from counting for the next, and what kills one from killing
-the others; what takes seconds to import is imported once. A fork ends when whoever asked is gone.
+the others; what takes seconds to import is imported once. Worker and fork end when whoever asked is gone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ import select
 import sys
 import threading
 import traceback
+import warnings
 from typing import Any
 
 
 def main() -> None:
-    """Serve tasks until the input ends."""
+    """Serve tasks until the input ends.
+
+    The watch begins before the imports, since they take seconds, and leaves the interpreter's own ending
+    out, since that does, too.
+    """
+    _watch()
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     _import_what_takes_long()
@@ -34,11 +40,14 @@ def _answer(answers: int, line: bytes) -> None:
     if not hasattr(os, "fork"):
         _write(answers, _answer_of(json.loads(line)))
         return
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks beside a thread; ours sleeps in the system and holds no lock
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            threading.Thread(target=_end_with_whoever_asked, daemon=True).start()
+            _watch()  # threads are not forked
             _write(answers, _answer_of(json.loads(line)))
             code = 0
         except BaseException:
@@ -74,6 +83,10 @@ def _write(answers: int, answer: dict[str, Any]) -> None:
     content = json.dumps(answer).encode() + b"\n"
     while content:
         content = content[os.write(answers, content) :]
+
+
+def _watch() -> None:
+    threading.Thread(target=_end_with_whoever_asked, daemon=True).start()
 
 
 def _end_with_whoever_asked() -> None:

@@ -38,6 +38,7 @@ class Workers:
         self._plan, self._threads = plan, threads
         self._stack = ExitStack()
         self._free: SimpleQueue[_Worker] = SimpleQueue()
+        self._deaths: SimpleQueue[str] = SimpleQueue()
         self._workers = [_Worker(device) for device in devices]
 
     def __enter__(self) -> Workers:
@@ -50,13 +51,17 @@ class Workers:
         self._stack.close()
 
     def run(
-        self, tasks: Sequence[Task], beat: Callable[[], None] = lambda: None
+        self,
+        tasks: Sequence[Task],
+        beat: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> Iterator[tuple[Task, Outcome | str]]:
         """Outcomes in the order in which they are there; where a worker died twice over a task, how.
 
         Args:
             tasks: Each is run once.
             beat: Called at least every half second.
+            warn: Told of workers that died over a run that is tried once more.
 
         Raises:
             InputError: a world or judge is such that the comparison cannot go on.
@@ -75,6 +80,8 @@ class Workers:
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 beat()
+                while not self._deaths.empty():  # told by the caller's own thread
+                    warn(self._deaths.get())
                 for future in done:
                     for task in left:
                         pending.add(pool.submit(self._one, task))
@@ -90,7 +97,7 @@ class Workers:
     def _one(self, task: Task) -> tuple[Task, Outcome | str]:
         worker, how = self._free.get(), ""
         try:
-            for _ in range(TRIES):
+            for tries_left in reversed(range(TRIES)):
                 answer = worker.ask(
                     {
                         **{"plan": self._plan, "task": task.to_json()},
@@ -103,6 +110,10 @@ class Workers:
                     kind = EngineError if answer["failed"] else InputError
                     raise kind(str(answer["fault"]))
                 how = _told(answer)
+                if tries_left:
+                    self._deaths.put(
+                        f"{task.name}: its worker died ({how}); the run is tried once more"
+                    )
             return task, how
         finally:
             self._free.put(worker)
@@ -131,7 +142,10 @@ class _Worker:
         if line.endswith(b"\n"):
             answer: dict[str, Any] = json.loads(line)
             return answer if "died" not in answer else {**answer, "said": self._last_words()}
-        code = None if self._process is None else self._process.poll()
+        code = None
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):  # its pipes are closed before it is gone
+                code = self._process.wait(timeout=1.0)
         said = self._last_words()
         self._end()
         return {"died": -code if code is not None and code < 0 else 0, "said": said}

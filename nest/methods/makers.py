@@ -16,6 +16,7 @@ from nest.methods.neurons import Neurons
 from nest.methods.shira import Shira
 from nest.methods.steering import Steering
 from nest.selection.config import SelectionConfig
+from nest.settings import meant
 from nest.tuning.config import TuningConfig
 
 METHODS: Mapping[str, type[Any]] = {
@@ -61,9 +62,7 @@ def make_method(
     own = [setting for setting in known if setting not in SHARED]
     for setting in values:
         if setting not in own:
-            raise InputError(
-                f"the method {kind} has no setting {setting!r}; it has {', '.join(own)}"
-            )
+            raise InputError(f"the method {kind} has no setting {setting!r}{meant(setting, own)}")
     shared = {"tuning": replace(tuning, seed=seed), "selecting": replace(selecting, seed=seed)}
     given = {key: config for key, config in shared.items() if key in known}
     made: Method = METHODS[kind](**values, **given, name=name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import field, replace
 from typing import Annotated, ClassVar
 
 from pydantic import model_validator
 from torch import Tensor
 
-from nest.errors import InputError
+from nest.errors import InputError, NoImprovementError
 from nest.methods.method import MethodResult, Subject, TrainingData, Treated, Watch
 from nest.methods.watching import begun
 from nest.progress import ProgressCallback
@@ -20,7 +20,7 @@ from nest.selection.config import Control, Scorer, SelectionConfig, UpdateForm
 from nest.selection.selection import NeuronSelection
 from nest.settings import Positive, settings
 from nest.tuning.config import TuningConfig
-from nest.tuning.tune import tune_update
+from nest.tuning.tune import Training, tune_update
 
 
 @settings("the method neurons")
@@ -70,11 +70,10 @@ class Neurons:
         progress: ProgressCallback | None = None,
         watch: Watch | None = None,
     ) -> Iterator[Treated]:
-        """See `Method.applied`.
+        """See `Method.applied`. Where no step lowers the validation loss the model stays as it is.
 
         Raises:
-            InputError: there are no unsafe and safe prompts to find neurons with, or no step lowered
-                the validation loss.
+            InputError: there are no unsafe and safe prompts to find neurons with.
             SelectionError: no neuron passes the threshold.
         """
         model = subject.model
@@ -90,26 +89,34 @@ class Neurons:
                 control=self.control,
                 progress=progress,
             )
-            trained = tune_update(
-                model,
-                subject.encoder,
-                selection.separated() if self.separate else selection,
-                harmful=data.harmful,
-                benign=data.benign,
-                config=replace(self.tuning, update=form),
-                progress=progress,
-                rate_factor=self.rate_factor,
-                after_step=watcher.after_step,
-            )
-            kept = trained.patch.selection
-            with trained.patch.applied(model):
+            treatment: AbstractContextManager[object] = nullcontext()
+            best_step = 0
+            try:
+                trained = tune_update(
+                    model,
+                    subject.encoder,
+                    selection.separated() if self.separate else selection,
+                    harmful=data.harmful,
+                    benign=data.benign,
+                    config=replace(self.tuning, update=form),
+                    progress=progress,
+                    rate_factor=self.rate_factor,
+                    after_step=watcher.after_step,
+                )
+            except NoImprovementError as fault:  # as of every other method: an update of nothing
+                done: Training = fault.training
+            else:
+                done, best_step = trained, trained.best_step
+                treatment = trained.patch.applied(model)
+            kept = done.selection
+            with treatment:
                 result = MethodResult(
-                    trained.patch.trainable_parameters,
-                    trained.history,
-                    trained.best_step,
-                    trained.steps,
+                    done.trainable_parameters,
+                    done.history,
+                    best_step,
+                    done.steps,
                     watcher.seconds,
-                    trained.seconds,
+                    done.seconds,
                     {"neurons": kept.n_neurons, "clusters": kept.n_clusters},
                 )
                 names = dict.fromkeys(part.site.parameter for part in kept.sites)

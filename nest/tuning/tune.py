@@ -15,7 +15,7 @@ from torch import nn
 from nest.artifacts.unfinished import Unfinished
 from nest.conversations.answers import Targets, target_logits
 from nest.conversations.encoders import Encoder, rendered_hash
-from nest.errors import ActivationError, InputError, NestError, TuningStoppedError
+from nest.errors import ActivationError, NestError, NoImprovementError, TuningStoppedError
 from nest.models.blocks import blocks_of, checkpointed
 from nest.models.fingerprint import weights_hash
 from nest.models.modes import eval_mode
@@ -47,24 +47,37 @@ N_ASKED = 16
 
 
 @dataclass(frozen=True)
-class TuningResult:
+class Training:
+    """What was done to come to a patch, whether or not there is one.
+
+    Attributes:
+        selection: The neurons.
+        trainable_parameters: Numbers that were trained.
+        history: The loss curve.
+        steps: Optimizer steps done.
+        seconds: Wall time of the training loop.
+    """
+
+    selection: NeuronSelection
+    trainable_parameters: int
+    history: tuple[StepRecord, ...]
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TuningResult(Training):
     """What tuning gives.
 
     Attributes:
         patch: The update of the best step.
-        history: The loss curve.
         best_step: Step with the lowest validation loss; at least 1.
-        steps: Optimizer steps done.
-        seconds: Wall time of the training loop.
         tokens_per_second: Tokens, padding left out, through training per second.
         memory: What it was expected to hold.
     """
 
     patch: NeuronPatch
-    history: tuple[StepRecord, ...]
     best_step: int
-    steps: int
-    seconds: float
     tokens_per_second: float
     memory: MemoryEstimate
 
@@ -110,8 +123,8 @@ def tune_update(
         after_step: See `TrainingLoop`.
 
     Raises:
-        InputError: dialogues that cannot be trained on, no memory for a single one, or no step that
-            lowered the validation loss.
+        InputError: dialogues that cannot be trained on, or no memory for a single one.
+        NoImprovementError: no step lowered the validation loss.
         SelectionError: the selection is of another model, or its weights cannot be written.
         ActivationError: the loss or the gradient is not a finite number; a `TuningStoppedError`, which
             carries the result so far, if some step was good before.
@@ -193,8 +206,15 @@ def tune_update(
             )
         if work is not None and (stopped is not None or loop.best_step == 0):
             work.forget()
+        done = Training(
+            selection=selection,
+            trainable_parameters=selection.trainable_parameters(config.update),
+            history=tuple(loop.history),
+            steps=n_steps,
+            seconds=loop.seconds,
+        )
         if loop.best_step == 0:
-            raise _without_effect(loop, rate, stopped)
+            raise _without_effect(loop, rate, stopped, done)
         record = {
             "config": {**asdict(config), "learning_rate": rate},
             "micro_batch_size": loop.micro_batch_size,
@@ -210,11 +230,9 @@ def tune_update(
         }
         own = {"tuning": record, "selection": dict(selection.provenance)}
         result = TuningResult(
+            **vars(done),
             patch=update.patch({**(provenance or {}), **own}),
-            history=tuple(loop.history),
             best_step=loop.best_step,
-            steps=n_steps,
-            seconds=loop.seconds,
             tokens_per_second=loop.n_tokens / max(loop.seconds, 1e-9),
             memory=memory,
         )
@@ -261,14 +279,17 @@ def _rates(
     return tuple(rate * part for part in RATE_SHARES)
 
 
-def _without_effect(loop: TrainingLoop, rate: float, stopped: ActivationError | None) -> NestError:
+def _without_effect(
+    loop: TrainingLoop, rate: float, stopped: ActivationError | None, done: Training
+) -> NestError:
     """Why there is no patch."""
     if stopped is not None:
         return ActivationError(f"{stopped}; no step was good, nothing was written")
-    return InputError(
+    return NoImprovementError(
         f"no step lowered the validation loss ({loop.best_loss:.4g} at the start, "
         f"{loop.history[-1].validation_loss:.4g} at the end), so that a patch would change nothing, and "
-        f"none is made; try a learning rate of {rate / 4:.2g} or less (--learning-rate), or more dialogues"
+        f"none is made; try a learning rate of {rate / 4:.2g} or less (--learning-rate), or more dialogues",
+        done,
     )
 
 

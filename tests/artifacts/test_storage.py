@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nest.artifacts.storage import new_folder, read_manifest, read_tensors, write_artifact
+from nest.artifacts.storage import (
+    check_sealed,
+    new_folder,
+    read_manifest,
+    read_tensors,
+    write_artifact,
+)
 from nest.errors import InputError, NestError, OutputExistsError
 
 
@@ -133,3 +139,27 @@ def test_a_folder_swept_before_it_is_held_is_made_anew(
     with new_folder(tmp_path / "out", kind="x") as folder:
         (folder / "file").write_text("whole")
     assert swept and (tmp_path / "out" / "file").read_text() == "whole"
+
+
+def test_files_are_sealed_where_it_is_asked_for(tmp_path: Path) -> None:
+    """An edited README is no damage, an edited result is, and what is not read may be left out."""
+    folder = tmp_path / "one"
+    write_artifact(
+        folder,
+        kind="comparison",
+        manifest={"format_version": "1.1"},
+        tensors={},
+        files={"results.json": "{}", "journal.jsonl": "", "README.md": "text"},
+        hashed=("results.json", "journal.jsonl"),
+    )
+    manifest = read_manifest(folder, kind="comparison")
+    assert set(manifest["files"]) == {"results.json", "journal.jsonl"}
+    (folder / "README.md").write_text("other text")
+    check_sealed(folder, manifest, "journal.jsonl", kind="comparison")
+    (folder / "results.json").write_text('{"better": true}')
+    with pytest.raises(InputError, match=r"results.json is damaged"):
+        check_sealed(folder, manifest, "journal.jsonl", kind="comparison")
+    check_sealed(folder, manifest, "journal.jsonl", kind="comparison", others=False)
+    with pytest.raises(InputError, match=r"manifest.json is not as it was written.*; run it again"):
+        changed = {**manifest, "identity": 3}
+        check_sealed(folder, changed, "journal.jsonl", kind="comparison", mend="run it again")

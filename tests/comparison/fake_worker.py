@@ -1,5 +1,7 @@
 """A worker that makes its outcomes up from the task's name, for tests of everything around it.
 
+FAKE_FAILS, FAKE_UNIMPROVED, FAKE_UNTRAINED: arms that fail, in which no step is better than none, and that
+train nothing.
 FAKE_DIES: a part of a task's name over which it dies, once for each file named in FAKE_TIMES that is there.
 """
 
@@ -40,6 +42,14 @@ def figures_of(task: dict[str, Any]) -> dict[str, Any]:
         "by_attack": rates,
         "other_judges": {"strict": {"bare": rates["none"] / 2, "wrapped": None}},
         "outcomes": {"attacks": attacks, "borderline": borderline, "benign": benign},
+    }
+
+
+def untreated(task: dict[str, Any]) -> dict[str, Any]:
+    """The run of the model as it is that a run is compared with."""
+    return {
+        **{"stage": "base", "world": task["world"], "arm": "", "seed": 0},
+        **{"knob": None, "weight": 1.0, "split": task["split"]},
     }
 
 
@@ -85,6 +95,15 @@ def outcome_of(task: dict[str, Any]) -> dict[str, Any]:
             "more": {},
         }
         cost |= {"seconds": 1.5, "training_seconds": 1.0}
+    if task["arm"] and task["arm"] == os.environ.get("FAKE_UNIMPROVED"):
+        figures["best_step"] = 0
+        if task["stage"] in ("sweep", "main", "front"):
+            figures |= {**figures_of(untreated(task)), "kl": 0.0}
+    if task["arm"] and task["arm"] == os.environ.get("FAKE_UNTRAINED"):
+        figures |= {"trainable_parameters": 0, "steps": 0, "best_step": 0}
+        if task["stage"] == "anytime":
+            figures["curve"] = figures["curve"][:2]
+            cost["seconds_of_curve"] = cost["seconds_of_curve"][:2]
     return {"figures": figures, "cost": cost, "failed": failed, "warnings": []}
 
 

@@ -48,8 +48,17 @@ def test_json(
     assert (said["out"], said["final"]) == (str(out), False)
     assert set(said["arms"][0]) == {
         *("arm", "world", "seed", "bare", "wrapped", "worst", "over_refusal", "exact_match", "kl"),
-        *("parameters", "seconds", "peak_memory_bytes", "failed"),
+        *("parameters", "seconds", "peak_memory_bytes", "failed", "unimproved"),
     }
+    (untreated,) = said["untreated"]
+    assert untreated["world"] == "one" and untreated["wrapped"] > 0.5
+    base, first, second = said["summaries"][:3]  # of the first pool; then world by world
+    assert [one["arm"] for one in (base, first, second)] == ["", "neurons", "random"]
+    assert base["figures"]["attack"] == pytest.approx(untreated["wrapped"])
+    assert first["p"] is None and 0 < second["p"] <= 1
+    low, high = second["intervals"]["attack"]
+    assert low <= second["figures"]["attack"] <= high
+    assert (second["n_failed"], second["n_unimproved"]) == (0, 0)
 
 
 def test_the_table_and_where_it_is(
@@ -64,6 +73,29 @@ def test_the_table_and_where_it_is(
     said = capsys.readouterr().out
     assert "untreated" in said and "random" in said and "wrote plan-comparison" in said
     assert (tmp_path / "plan-comparison" / "report.html").is_file()
+
+
+def test_what_went_wrong_is_in_the_table(
+    plan: Path,
+    faked: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    faked(FAKE_FAILS="random", FAKE_UNIMPROVED="neurons")
+    monkeypatch.setenv("COLUMNS", "120")
+    out = ("--out", str(tmp_path / "out"))
+    arguments = ["compare", "--config", str(plan), "--quiet", "--workers", "1", *out]
+    assert _code_of(arguments) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "neurons (no step improved in 1)" in said and "random (1 failed)" in said
+    assert "Of all 3 runs 1 failed, and in 1 no step improved" in said
+    monkeypatch.delenv("FAKE_FAILS")
+    assert _code_of([*arguments, "--retry-failed"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "random (1 failed)" not in said and "Of all 3 runs 0 failed, and in 1" in said
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "nest compare --config plan.toml --out out --workers 1</td>" in html
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from nest.comparison.plan import Plan, read_plan
+from nest.comparison.plan import Plan
+from nest.comparison.plan_file import read_plan
+from nest.comparison.subjects import facts_of, material_of
 from nest.errors import InputError, MissingInputError
 
 
@@ -36,7 +38,12 @@ def test_values_make_the_same_plan(values: dict[str, Any]) -> None:
         ({"anytime": {"seeds": [-1]}}, "anytime.seeds is -1"),
         ({"seeds": [0, True]}, "seeds is True"),
         ({"arms": ["plain"]}, "the arm plain learns from bare prompts alone"),
-        ({"world": {"one": {"model": "m"}}}, r"world.one.unsafe .*world.one.development"),
+        (
+            {"world": {"one": {"model": "m"}}},
+            r"\[world.one\] lacks unsafe, safe, harmful, benign, development$",
+        ),
+        ({"world": {"one": 3}}, "world.one is 3; it must be a table"),
+        ({"front": {"wieghts": [2.0]}}, "no such setting: front.wieghts; did you mean weights"),
         ({"tuning": {"seed": 3}}, r"\[tuning\] sets seed"),
         ({"tuning": {"epoch": 3}}, "no such setting: epoch"),
         ({"selecting": {"z_threshold": "high"}}, "z_threshold is 'high'"),
@@ -48,6 +55,7 @@ def test_values_make_the_same_plan(values: dict[str, Any]) -> None:
         ({"arm": {"neurons": {"method": "lora", "kind": "best"}}}, "must be ours or baseline or"),
         ({"arm": {"neurons": {"method": "lora", "tuning": {"seed": 1}}}}, "sets a seed"),
         ({"arm": {"neurons": {"method": "lora", "tuning": 1}}}, "must be a table"),
+        ({"arm": {"mine": {"method": "lora", "rnk": 3}}}, "setting 'rnk'; did you mean rank"),
         ({"arm": {"mine": {"method": "lora", "rank": "high"}}}, r"\[arm.mine\]: .*rank is 'high'"),
         ({"arm": {"mine": {"method": "lora", "tuning": {"foo": 1}}}}, r"\[arm.mine\]: .*foo"),
         (
@@ -178,3 +186,62 @@ def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
     file.write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"plan.toml: the comparison: .*worlds"):
         read_plan(file)
+
+
+def test_what_a_nested_table_lacks_or_has_too_much(values: dict[str, Any]) -> None:
+    """The key and its table are named, and nothing of what else is in the table."""
+    one = {**values["world"]["one"], "harmfull": "h"}
+    del one["harmful"]
+    split = {key: file for key, file in one["development"].items() if key != "borderline"}
+    with pytest.raises(InputError) as raised:
+        Plan(**{**values, "world": {**values["world"], "one": {**one, "development": split}}})
+    said = str(raised.value)
+    assert "[world.one] lacks harmful; [world.one.development] lacks borderline; " in said
+    assert "no such setting: world.one.harmfull; did you mean harmful? There are model" in said
+    assert one["unsafe"] not in said
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("[every_world]", r"\[every_world\] holds worlds, arms, since in TOML"),
+        ("[every_world.test]", r"move \[every_world.test\] below them"),
+        ("[sweep]", r"\[sweep\] holds arms, since in TOML"),
+        ("[world.mine]", r"\[world.mine\] holds worlds, arms"),
+    ],
+)
+def test_a_table_above_the_plain_keys(tmp_path: Path, head: str, said: str) -> None:
+    """In TOML the table takes them."""
+    file = tmp_path / "plan.toml"
+    file.write_text(f'{head}\nworlds = ["bazaar"]\narms = ["neurons"]\n', encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        read_plan(file)
+
+
+@pytest.mark.parametrize(
+    ("places", "content", "said"),
+    [
+        (("harmful",), None, r"\[world.one\] harmful: there is no file"),
+        (("development", "borderline"), "", r"\[world.one.development\] borderline: .* is empty"),
+        (("unsafe",), '{"text": "a"}\n', r"\[world.one\] unsafe: .*column"),
+        (("benign",), '{"prompt": "a"}\n', r"\[world.one\] benign: .*responses?"),
+        (("development", "attacks"), None, r"\[world.one.development\] attacks: "),
+        (("model",), None, r"\[world.one\] model: "),
+    ],
+)
+def test_a_fault_in_a_worlds_file_names_its_key(
+    values: dict[str, Any], tmp_path: Path, places: tuple[str, ...], content: str | None, said: str
+) -> None:
+    file = tmp_path / "of_ours.jsonl"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    table = values["world"]["one"]
+    for place in places[:-1]:
+        table = table[place]
+    table[places[-1]] = str(file)
+    plan = Plan(**values)
+    with pytest.raises(InputError, match=said) as raised:
+        facts_of(plan, material_of(plan, "one", final=False))
+    assert isinstance(raised.value, MissingInputError) == (
+        content is None and places[-1] in ("harmful", "model")
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from plans import FAKE, asked, merged, write_prompts
 
+from nest.artifacts.storage import seal_of
 from nest.comparison.plan import Plan
 from nest.comparison.run import devices_for, n_runs, run_comparison
 from nest.errors import EngineError, InputError, OutputExistsError
@@ -328,6 +330,8 @@ def test_a_damaged_journal(
     values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
 ) -> None:
     run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    manifest = tmp_path / "out" / "manifest.json"  # of before there were seals
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": "1.0"}))
     journal = tmp_path / "out" / "journal.jsonl"
     journal.write_text('{"key": 3}\n' + journal.read_text())
     with pytest.raises(InputError, match="not of nest"):
@@ -370,3 +374,114 @@ def test_held_out_prompts_that_are_learned_from(
     said: list[str] = []
     run_comparison(Plan(**values), tmp_path / "out", workers=1, warn=said.append)
     assert any("6 of 6 prompts of development harmful in training unsafe" in text for text in said)
+
+
+def test_no_step_improved(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Such a run is no failure: it has the untreated model's figures, and is marked wherever it stands."""
+    faked(FAKE_UNIMPROVED="random")
+    found = run_comparison(Plan(**values), tmp_path / "out", workers=2)
+    base, own = found.summaries[0], next(one for one in found.summaries if one.arm == "random")
+    assert (own.n_failed, own.n_unimproved, base.n_unimproved) == (0, 2, 0)
+    assert own.figures["attack"] == base.figures["attack"] and own.figures["kl"] == 0.0
+    assert {row["unimproved"] for row in found.rows() if row["arm"] == "random"} == {True}
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "| random neurons (no step improved in 2) |" in text
+    assert "| main, two, random, seed 1, development |" in text.split("## Runs in which no step")[1]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "random neurons (no step improved in 2)" in html
+    assert "main, two, random, seed 1, development: no step lowered the validation loss" in html
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {one["n_unimproved"] for one in results["summaries"] if one["arm"] == "random"} == {2}
+
+
+def test_failed_runs_are_run_again(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Only where it is asked for, and then they alone; the end is that of a comparison without failures."""
+    whole = run_comparison(Plan(**values), tmp_path / "whole", workers=2)
+    log = faked(FAKE_FAILS="random")
+    found = run_comparison(Plan(**values), tmp_path / "out", workers=2)
+    failed = sum(run.outcome.failed is not None for run in found.runs)
+    assert failed == sum(run.task.arm == "random" for run in found.runs)
+    monkeypatch.delenv("FAKE_FAILS")
+    before = asked(log)
+    run_comparison(Plan(**values), tmp_path / "out", workers=2)
+    assert asked(log) == before
+    run_comparison(Plan(**values), tmp_path / "out", workers=2, retry_failed=True)
+    n_random = sum(run.task.arm == "random" for run in whole.runs)
+    # its main runs are asked for with the setting that its sweep now chooses, if that is another one
+    assert failed <= len(asked(log)) - len(before) <= n_random
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    before = asked(log)
+    run_comparison(Plan(**values), tmp_path / "out", workers=2, retry_failed=True)
+    assert asked(log) == before
+
+
+def test_failed_runs_of_an_arm_that_is_left_out_are_kept(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    log = faked(FAKE_FAILS="random")
+    run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    before = asked(log)
+    fewer = merged(values, arms=["neurons"])
+    run_comparison(Plan(**fewer), tmp_path / "out", workers=1, retry_failed=True)
+    run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    assert asked(log) == before
+
+
+def test_a_worker_that_died_is_told(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    faked(FAKE_DIES="random", FAKE_TIMES=tmp_path)
+    (tmp_path / "death1").touch()
+    said: list[str] = []
+    run_comparison(Plan(**values), tmp_path / "out", workers=1, warn=said.append)
+    (text,) = [one for one in said if "died" in one]
+    assert text.startswith("sweep, one, random, seed 1000, development, setting")
+    assert text.endswith(
+        "its worker died (signal 9: killed for memory); the run is tried once more"
+    )
+
+
+def test_what_is_written_is_sealed(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_comparison(Plan(**values), out, workers=1)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["files"]) == set(WRITTEN)
+    for name, expected in manifest["files"].items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == expected
+    assert manifest["sha256"] == seal_of(manifest)
+
+
+def test_a_journal_that_was_changed(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is not gone on with; tables and report are written anew, whatever became of them."""
+    out = tmp_path / "out"
+    run_comparison(Plan(**values), out, workers=1)
+    (out / "tables.md").unlink()
+    run_comparison(Plan(**values), out, workers=1)
+    assert (out / "tables.md").is_file()
+    journal = out / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"bare": 0', b'"bare": 1', 1))
+    with pytest.raises(InputError, match=r"journal.jsonl is damaged.*begin anew with --restart"):
+        run_comparison(Plan(**values), out, workers=1)
+    run_comparison(Plan(**values), out, workers=1, restart=True)
+
+
+def test_at_equal_seconds_an_arm_that_does_not_train_is_left_out(
+    values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path
+) -> None:
+    faked(FAKE_UNTRAINED="random")
+    found = run_comparison(Plan(**values), tmp_path / "out", workers=1)
+    equal = found.at_equal_seconds()["one"]
+    assert equal["seconds"] == 9.5 and set(equal["arms"]) == {"neurons", "lora_r1"}
+    assert found.untrained == ("random",) and not any(
+        run.outcome.is_unimproved for run in found.runs
+    )
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Left out of this are arms that do not train: random neurons." in html

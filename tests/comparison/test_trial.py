@@ -116,6 +116,34 @@ def test_a_failing_arm_says_why(small: dict[str, Any]) -> None:
     assert not found.figures
 
 
+def test_where_no_step_improves_the_model_is_as_it_was(small: dict[str, Any]) -> None:
+    """Of the neurons as of every other method."""
+    wild = {
+        "wild_neurons": {
+            "method": "neurons",
+            "update": "shared",
+            "tuning": {"learning_rate": 1e4},
+        },
+        "wild_lora": {"method": "lora", "rank": 1, "learning_rate": 1e3},
+    }
+    stages: dict[str, Any] = {"anytime": {"behaviours": 4}, "robustness": {"steps": [1]}}
+    plan = Plan(**merged(small, arms=list(wild), arm=wild, **stages))
+    base = run_task(plan, Task("base", "tiny")).figures
+    for arm in wild:
+        found = run_task(plan, Task("main", "tiny", arm, 0))
+        assert found.failed is None and found.is_unimproved
+        figures = found.figures
+        assert {key: figures[key] for key in ("outcomes", "by_attack")} == {
+            key: base[key] for key in ("outcomes", "by_attack")
+        }
+        assert figures["kl"] == 0.0 and figures["trainable_parameters"] > 0
+        assert figures["steps"] == 3 and len(figures["history"]) > 1
+    curve = run_task(plan, Task("anytime", "tiny", "wild_neurons", 0)).figures["curve"]
+    assert curve[-1] == {**curve[0], "step": curve[-1]["step"]}
+    undone = run_task(plan, Task("robustness", "tiny", "wild_neurons", 0)).figures["robustness"]
+    assert undone["treated"] == undone["base"] == undone["subtracted"]
+
+
 def test_a_curve(small: dict[str, Any]) -> None:
     plan = Plan(**merged(small, anytime={"behaviours": 4}))
     found = run_task(plan, Task("anytime", "tiny", "lora_r1", 0))
@@ -220,7 +248,8 @@ def test_a_worker_ends_with_whoever_asked(small: dict[str, Any]) -> None:
     try:
         worker.stdin.write(line.encode() + b"\n")
         worker.stdin.close()  # as the system does for one that is killed
-        worker.wait(timeout=120)
+        # the interpreter's own ending, which takes seconds, has another code
+        assert worker.wait(timeout=120) == 1
     finally:
         with suppress(ProcessLookupError):
             os.killpg(worker.pid, signal.SIGKILL)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.compare import tables
-from nest.comparison.plan import Plan, read_plan
+from nest.comparison.plan import Plan
+from nest.comparison.plan_file import read_plan
 
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / "experiments").rglob("*.toml"))

@@ -369,7 +369,7 @@ def test_unknown_names_are_told_with_what_there_is() -> None:
 
     with pytest.raises(InputError, match="no method 'lorra'; there are neurons, lora, full"):
         make("lorra")
-    with pytest.raises(InputError, match="lora has no setting 'rang'; it has rank, alpha, modules"):
+    with pytest.raises(InputError, match="lora has no setting 'rang'; did you mean rank"):
         make("lora", rang=3)
     with pytest.raises(InputError, match="lora has no setting 'tuning'"):
         make("lora", tuning=TUNING)
@@ -409,3 +409,23 @@ def test_steering_says_where(subject: Subject, data: TrainingData) -> None:
     _, result = outcome(Steering(tuning=TUNING), subject, data)
     losses = result.more["losses"]
     assert len(losses) == 2 and losses[result.more["layer"]] == min(losses)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("shared", 1e4), ("lora r1", 100.0), ("full", 10.0)])
+def test_where_no_step_is_better_than_none_the_model_is_as_it_was(
+    name: str, rate: float, subject: Subject, data: TrainingData
+) -> None:
+    method: Any = made(name)
+    if name == "shared":
+        method = replace(method, tuning=replace(method.tuning, learning_rate=rate))
+    else:
+        method = with_knob(method, rate)
+    before = logits(subject.model)
+    with nothing_left(subject.model), method.applied(subject, data) as treated:
+        assert torch.equal(logits(treated.model), before)
+        result, changed = treated.result, treated.changed()
+    assert (result.best_step, result.steps) == (0, 4)
+    assert result.trainable_parameters > 0 and len(result.history) > 1
+    assert changed is not None
+    state = subject.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in changed.items())

@@ -25,13 +25,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import nest
-from nest.errors import ActivationError, InputError, SelectionError, TuningStoppedError
+from nest.errors import (
+    ActivationError,
+    InputError,
+    NoImprovementError,
+    SelectionError,
+    TuningStoppedError,
+)
 from nest.prompts.prompt_set import from_values
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import encode_dialogues, split_validation
 from nest.tuning.loop import learning_rate_factor
 from nest.tuning.prefix import FrozenPrefix, HiddenStates
-from nest.tuning.tune import TuningResult, tune_update
+from nest.tuning.tune import Training, TuningResult, tune_update
 
 QUICK: dict[str, Any] = {
     "batch_size": 16,
@@ -112,8 +118,13 @@ def test_the_best_step_is_kept_and_its_loss_is_the_oracles(monkeypatch: pytest.M
 def test_where_no_step_helps_there_is_no_patch() -> None:
     model = build()
     before = state_of(model)
-    with pytest.raises(InputError, match="no step lowered the validation loss"):
+    with pytest.raises(NoImprovementError, match="no step lowered the validation loss") as raised:
         tuned(model, learning_rate=1e4, clip=0.0, update="shared", max_steps=2)
+    done = raised.value.training
+    assert isinstance(raised.value, InputError) and isinstance(done, Training)
+    assert done.steps == 2 and done.trainable_parameters > 0
+    losses = [record.validation_loss for record in done.history]
+    assert min(losses) == losses[0] and len(losses) > 1
     assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
 
 
@@ -241,7 +252,7 @@ def test_bad_input_has_its_sentence() -> None:
             r"comes to \d+ tokens.*context is 48",
         ),
         ({"selection": None}, "tune needs a selection"),
-        ({"learning_rat": 1.0}, r"no such setting: learning_rat; there are update"),
+        ({"learning_rat": 1.0}, r"no such setting: learning_rat; did you mean learning_rate"),
         ({"epochs": -1.0, "warmup": 1.0}, r"epochs is -1.*; warmup is 1"),
         ({"n_clusters": 0}, "n_clusters is 0"),
     ):
