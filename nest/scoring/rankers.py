@@ -203,7 +203,6 @@ class ByLearning(Dialogues):
             "steps": trained.steps,
             "best_step": trained.best_step,
             "validation_loss": min(record.validation_loss for record in trained.history),
-            "seconds": trained.seconds,
         }
         return Ranking(tuple(scored), signs, {"learned": learned})
 

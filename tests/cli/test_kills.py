@@ -132,6 +132,21 @@ def test_selection_goes_on(world: World, tmp_path: Path, death: Death) -> None:
     assert produced(tmp_path, out) == produced(whole.parent, whole)
 
 
+def test_learning_neurons_goes_on(world: World, tmp_path: Path) -> None:
+    def arguments(out: Path) -> list[object]:
+        return [
+            *("select", "--model", world.model, "--scorer", "learned", "--neurons", 12),
+            *("--harmful", world.data["harmful"], "--benign", world.data["benign"], "--out", out),
+        ]
+
+    out, whole = tmp_path / "out", tmp_path / "whole" / "out"
+    killed = forked(arguments(out), ("nest.tuning.loop:TrainingLoop._step", 2, True))
+    assert killed.code == -signal.SIGKILL and not out.exists(), killed.err
+    for folder in (out, whole):
+        assert forked(arguments(folder)).code == 0
+    assert produced(tmp_path, out) == produced(whole.parent, whole)
+
+
 @pytest.mark.parametrize("options", [(), ("--layers", "1:"), ("--micro-batch-size", "3")], ids=str)
 @pytest.mark.parametrize("kills", [(2, 3), (7,), (1, 9)], ids=str)
 def test_tuning_goes_on(
