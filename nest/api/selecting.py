@@ -87,7 +87,8 @@ def select(
     from nest.scoring.find import find_neurons
     from nest.selection.config import LEARNING, SelectionConfig
 
-    config = SelectionConfig(**settings)
+    both = harmful is not None and benign is not None
+    config = SelectionConfig(**settings).resolved(dialogues=both)
     model = uncompiled(model)
     unsafe_set: PromptSet | None
     safe_set: PromptSet | None

@@ -72,25 +72,48 @@ def _arm(name: str, label: str, method: str, kind: Kind = "baseline", **values: 
     return Arm(name, label, method, values, kind=kind)
 
 
+PROBE: Mapping[str, Any] = {"method": "neurons", "kind": "ours", "scorer": "probe"}
+SHARED: Mapping[str, Any] = {"update": "shared"}
+FOUR: Mapping[str, Any] = {"max_clusters": 4}
+
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        _arm("neurons", "neurons, loaded (the default)", "neurons", "ours"),
-        _arm("shared", "neurons, shared (the paper's form)", "neurons", "ours", update="shared"),
+        _arm("neurons", "neurons (the default)", "neurons", "ours"),
+        _arm("paper", "as in the paper: probe, shared", **PROBE, update="shared"),
+        _arm("probe", "neurons by probe", **PROBE),
         _arm("contrast", "neurons by mean difference", "neurons", "ours", scorer="contrast"),
+        _arm("effect", "neurons by effect", "neurons", "ours", scorer="effect"),
+        _arm("learned", "learned neurons", "neurons", "ours", scorer="learned"),
+        Arm("clusters", "up to four clusters a site", "neurons", kind="ours", selecting=FOUR),
+        Arm("shared", "the same, shared", "neurons", SHARED, kind="ours", selecting=FOUR),
         _arm("separate", "separate neurons (as in SN-Tune)", "neurons", separate=True),
         _arm("random", "random neurons", "neurons", "control", control="random_neurons"),
-        _arm(
+        Arm(
             "random_shared",
-            "random neurons, shared",
+            "random neurons in clusters, shared",
+            "neurons",
+            {**SHARED, "control": "random_neurons"},
+            kind="control",
+            selecting=FOUR,
+        ),
+        Arm(
+            "random_clusters",
+            "random clusters",
+            "neurons",
+            {"control": "random_clusters"},
+            kind="control",
+            selecting=FOUR,
+        ),
+        _arm("lowest", "lowest scores", "neurons", "control", control="lowest"),
+        _arm(
+            "shuffled",
+            "probe, shuffled labels",
             "neurons",
             "control",
-            control="random_neurons",
-            update="shared",
+            scorer="probe",
+            control="shuffled_labels",
         ),
-        _arm("random_clusters", "random clusters", "neurons", "control", control="random_clusters"),
-        _arm("lowest", "lowest z (they speak for safe)", "neurons", "control", control="lowest"),
-        _arm("shuffled", "shuffled labels", "neurons", "control", control="shuffled_labels"),
         _arm("lora_r1", "LoRA r1", "lora", rank=1),
         _arm("lora_r16", "LoRA r16", "lora", rank=16),
         _arm("lora_matched", "LoRA, as many parameters", "lora", parameters="neurons"),

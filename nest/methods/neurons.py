@@ -34,7 +34,8 @@ class Neurons:
             taken instead.
         update: Form of the update; None takes that of `tuning`.
         scorer: How neurons are scored; None takes that of `selecting`.
-        control: Train a selection of the same size that says nothing.
+        control: Train a selection of the same size that says nothing; `shuffled_labels` is for the
+            scorers probe and contrast, which alone look at labels.
         separate: Every neuron is a cluster of its own: a trainable row each, as in SN-Tune. It is in
             the shared form, since loadings would add nothing.
         name: For tables.
@@ -58,6 +59,16 @@ class Neurons:
             raise ValueError(
                 "separate is true with update = 'loaded'; a row of its own needs no loading, leave "
                 "update out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_looked_at(self) -> Neurons:
+        scorer = self.scorer or self.selecting.scorer
+        if self.control == "shuffled_labels" and scorer not in ("probe", "contrast"):
+            raise ValueError(
+                f"control is shuffled_labels and scorer {scorer or 'left open (gradient)'}, which looks at no "
+                "labels; choose scorer = 'probe' or 'contrast'"
             )
         return self
 

@@ -69,7 +69,9 @@ def find_neurons(
         ActivationError: activations, gradients or losses that are not finite.
         SelectionError: nothing is left to be kept.
     """
+    config = config.resolved(dialogues=harmful is not None and benign is not None)
     ranker: Ranker | None = None
+    assert config.scorer is not None
     if config.scorer in LEARNING:
         if harmful is None or benign is None:
             raise InputError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nest.selection.config import Scorer
+from nest.selection.config import LEARNING, Scorer
 
 # Below this silhouette a split says nothing; the neurons stay one cluster (the paper's value).
 MIN_SILHOUETTE = 0.1
@@ -19,8 +19,9 @@ MIN_SILHOUETTE = 0.1
 # 1,630: more than the half percent of the model that we allow.
 MAX_CLUSTERS = {"projection": 4, "layer": 2}
 
-# Neurons that were learned with one vector a site go on with one.
-MAX_CLUSTERS_OF: Mapping[Scorer, int] = {"learned": 1}
+# Neurons that are chosen by what they do to refusals pull one way: with a loading each, one vector a site
+# carried over to other wrappers at least as well as four, with fewer numbers.
+MAX_CLUSTERS_OF: Mapping[Scorer | None, int] = dict.fromkeys(LEARNING, 1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -31,6 +32,8 @@ Control = Literal["random_neurons", "random_clusters", "lowest", "shuffled_label
 
 Z_THRESHOLD = 3.0
 """The paper's."""
+BUDGET = "3%"
+"""Of the neurons that are looked at."""
 
 
 def _budget(value: Any) -> Any:
@@ -54,22 +57,25 @@ class SelectionConfig:
 
     Attributes:
         z_threshold: A neuron is kept when its score lies more than this many standard deviations
-            from its site's mean, on a side that counts; None means 3 where there is no budget.
+            from its site's mean, on a side that counts; None means 3 for probe and contrast, where
+            there is no budget.
         neurons: A budget instead: so many neurons, or such a share (`3%`) of all that are looked at, the
-            strongest of all sites together.
+            strongest of all sites together; None means 3% for the scorers that learn from dialogues,
+            where there is no threshold.
         side: `positive`: neurons that speak for unsafe (the paper's); `both`: also those that speak
             for safe, as far below the mean and negative.
         pool: How a neuron's activations over the tokens of a prompt become one number.
         scorer: `probe`: weights of a logistic regression; `contrast`: standardised mean difference;
             `effect`: that difference, not standardised, times what it does to refusals to first order;
             `gradient`: how much a change of the neuron's weights would gain to first order; `learned`:
-            what training all neurons for a while made of them. The last three learn from dialogues.
+            what training all neurons for a while made of them. The last three learn from dialogues. None
+            takes gradient where there are such, and probe elsewhere.
         cluster_scope: `projection`: every site on its own, profiles standardised; `layer`: a layer's
             sites together, raw profiles. The best silhouette decides how many clusters there are.
         layers: First layer to look in and the layer after the last one (None: to the end); None for
             all. Nothing is run above the last.
-        max_clusters: Upper bound on clusters a group; None means 4 a projection, 2 a layer, 1 for
-            `learned` neurons.
+        max_clusters: Upper bound on clusters a group; None means 4 a projection and 2 a layer, and 1 for
+            the scorers that learn from dialogues.
         n_probe_seeds: Probes a site, each with its own held-out part; their weights are averaged.
         held_out: Share of the prompts that a probe does not see, in (0, 1).
         probe_strength: Inverse of the probe's ridge penalty (scikit-learn's C), on activations
@@ -86,7 +92,7 @@ class SelectionConfig:
     ] = None
     side: Side = "positive"
     pool: Pool = "max"
-    scorer: Scorer = "probe"
+    scorer: Scorer | None = None
     cluster_scope: ClusterScope = "projection"
     layers: Layers = None
     max_clusters: Annotated[int, AtLeastOne] | None = None
@@ -97,6 +103,19 @@ class SelectionConfig:
     max_profile_prompts: Annotated[int, AtLeastOne] = 256
     memory_bound_bytes: Annotated[int, NotNegative] = 2 * 1024**3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    def resolved(self, *, dialogues: bool) -> SelectionConfig:
+        """The same with a scorer, and with a threshold or a budget.
+
+        Args:
+            dialogues: Whether there are some to learn from.
+        """
+        scorer: Scorer = self.scorer or ("gradient" if dialogues else "probe")
+        if self.z_threshold is not None or self.neurons is not None:
+            return replace(self, scorer=scorer)
+        if scorer in LEARNING:
+            return replace(self, scorer=scorer, neurons=BUDGET)
+        return replace(self, scorer=scorer, z_threshold=Z_THRESHOLD)
 
     @property
     def threshold(self) -> float:

@@ -79,6 +79,7 @@ def select_neurons(
 
     Source: arXiv 2602.16835, section 3.
     """
+    config = config.resolved(dialogues=ranker is not None)
     check_labels(len(unsafe), len(safe))
     if paired and len(unsafe) != len(safe):
         raise InputError(
@@ -297,7 +298,7 @@ def _score(
         if site.name in known:
             weights = np.array(known[site.name]["weights"], dtype=np.float64)
             accuracy = known[site.name]["accuracy"]
-        elif config.scorer == "probe":
+        elif config.scorer != "contrast":
             probe = fit_probe(
                 pooled,
                 unsafe,

@@ -15,7 +15,8 @@ UpdateStart = Literal["zero_vectors", "zero_loadings"]
 TrainOn = Literal["last", "all"]
 
 # How far the automatic rate's first step moves the sites' outputs (`output_share`).
-START_OF: Mapping[UpdateForm, UpdateStart] = {"shared": "zero_vectors", "loaded": "zero_vectors"}
+# With zero_loadings the micro-worlds' models keep more of their exact answers (99 against 95 to 98 %).
+START_OF: Mapping[UpdateForm, UpdateStart] = {"shared": "zero_vectors", "loaded": "zero_loadings"}
 STEP_SHARES: Mapping[UpdateStart, float] = {"zero_vectors": 0.5, "zero_loadings": 0.02}
 # What of it is tried, one after the other, until one lowers the validation loss. On SmolLM2-135M with the
 # default selection it went from 2.9 to 12 with the whole rate (0.35), and to 0.76 with 0.1.
@@ -45,8 +46,8 @@ class TuningConfig:
         mode: `live`: the model's rows carry the update; `branch`: it is added to the projections'
             outputs, and no weight is written.
         start: `zero_vectors`: vectors of 0, and loadings of 1 and a little noise; `zero_loadings`:
-            loadings of 0 and random vectors, as a LoRA begins. None takes the form's own:
-            zero_vectors, the only one that the shared form has.
+            loadings of 0 and random vectors, as a LoRA begins. None takes the form's own: zero_loadings
+            for loaded, and for shared the only one it has.
         layers: First layer to tune and the layer after the last one (None: to the end); None for all
             that the selection has. Nothing is run backward below the lowest.
         checkpointing: Keep the inputs of blocks only and run them again in the backward pass: about

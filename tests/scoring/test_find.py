@@ -170,7 +170,7 @@ def test_what_is_missing_is_asked_for() -> None:
         with pytest.raises(InputError, match=f"the scorer {scorer} learns from dialogues"):
             select(model, scorer=scorer, harmful=None, benign=None, unsafe=UNSAFE, safe=SAFE)
     with pytest.raises(InputError, match="the scorer probe learns from prompts alone"):
-        select(model, unsafe=UNSAFE, safe=SAFE)
+        select(model, unsafe=UNSAFE, safe=SAFE, scorer="probe")
     with pytest.raises(InputError, match=r"z_threshold is 2 and neurons 5; give one"):
         select(model, scorer="learned", neurons=5, z_threshold=2.0)
     for budget in ("0", "0%", "101%", "many", "-3"):
