@@ -32,7 +32,7 @@ Control = Literal["random_neurons", "random_clusters", "lowest", "shuffled_label
 
 Z_THRESHOLD = 3.0
 """The paper's."""
-BUDGET = "3%"
+BUDGET = "5%"
 """Of the neurons that are looked at."""
 
 
@@ -60,7 +60,7 @@ class SelectionConfig:
             from its site's mean, on a side that counts; None means 3 for probe and contrast, where
             there is no budget.
         neurons: A budget instead: so many neurons, or such a share (`3%`) of all that are looked at, the
-            strongest of all sites together; None means 3% for the scorers that learn from dialogues,
+            strongest of all sites together; None means 5% for the scorers that learn from dialogues,
             where there is no threshold.
         side: `positive`: neurons that speak for unsafe (the paper's); `both`: also those that speak
             for safe, as far below the mean and negative.
