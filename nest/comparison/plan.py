@@ -315,6 +315,13 @@ class Plan:
         else:
             values["tuning"].pop("start", None)  # no other method's runs depend on it
         if selecting := values.get("selecting"):
+            uses = (
+                isinstance(method, Neurons),
+                values.get("parameters") == "neurons",
+                values.get("rows"),
+            )
+            if not any(uses):
+                del values["selecting"]
             if selecting["neurons"] is None:
                 selecting["z_threshold"] = SelectionConfig(**selecting).threshold
             if (values.get("scorer") or selecting["scorer"]) != "learned":
