@@ -315,12 +315,8 @@ class Plan:
         else:
             values["tuning"].pop("start", None)  # no other method's runs depend on it
         if selecting := values.get("selecting"):
-            uses = (
-                isinstance(method, Neurons),
-                values.get("parameters") == "neurons",
-                values.get("rows"),
-            )
-            if not any(uses):
+            counts, rows = values.get("parameters") == "neurons", values.get("rows") == "selected"
+            if not (isinstance(method, Neurons) or counts or rows):
                 del values["selecting"]
             if selecting["neurons"] is None:
                 selecting["z_threshold"] = SelectionConfig(**selecting).threshold

@@ -67,8 +67,8 @@ class Neurons:
         scorer = self.scorer or self.selecting.scorer
         if self.control == "shuffled_labels" and scorer not in ("probe", "contrast"):
             raise ValueError(
-                f"control is shuffled_labels and scorer {scorer or 'left open (gradient)'}, which looks at no "
-                "labels; choose scorer = 'probe' or 'contrast'"
+                f"control is shuffled_labels and scorer {scorer or 'left open (gradient)'}, which looks at "
+                "no labels; choose scorer = 'probe' or 'contrast'"
             )
         return self
 
