@@ -18,9 +18,6 @@ from nest.progress import ProgressCallback
 from nest.reporting.html import RunFacts, render_report, write_report
 from nest.selection.selection import NeuronSelection
 
-# The organism has 384 neurons a projection, a real model some thousands: at 3 standard deviations too
-# few of its neurons would be left. Real models keep the default.
-Z_THRESHOLD = 1.5
 ATTACKS = (
     "none,organism:wrappers_dev,forced_opener,refusal_suppression,developer_mode,persona,json_style,"
     "distractor,past_tense"
@@ -83,7 +80,8 @@ def run_demo(
             tokenizer,
             unsafe="organism:unsafe",
             safe="organism:safe",
-            z_threshold=Z_THRESHOLD,
+            harmful="organism:harmful",
+            benign="organism:benign",
             seed=seed,
             progress=progress,
             warn=warn,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin
 
@@ -249,3 +250,25 @@ def or_auto(value: Any) -> Any:
 
 Auto = BeforeValidator(or_auto)
 """On a field that may be None: the command line's word for that is `auto`."""
+
+
+def as_in(preset: Mapping[str, Any], given: C, default: C, flag: str) -> C:
+    """Settings with those of a preset in place of the defaults.
+
+    Args:
+        preset: Names and values.
+        given: What was asked for.
+        default: What is taken where nothing is asked for.
+        flag: That asks for the preset, for what is said.
+
+    Raises:
+        InputError: something else was asked for, too.
+    """
+    for name, value in preset.items():
+        found = getattr(given, name)
+        if found not in (getattr(default, name), value):
+            raise InputError(
+                f"{flag} sets {name} to {value}, and {name} {found} was given, too; leave one of them out"
+            )
+    changed: C = replace(given, **preset)  # type: ignore[type-var]
+    return changed

@@ -32,9 +32,7 @@ EPOCHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 SEEDS = (0, 1, 2)
 SWEEP_SEED = 3
 LORA_RANK = 16
-Z_THRESHOLD = 1.5  # a projection has 384 neurons: the default would leave next to none
-# Of ours 0.1 is the default on this model, 1.7 times the root mean square of the selected rows.
-RATES = {"nest": (0.05, 0.1, 0.2, 0.4), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES = {"nest": (0.02, 0.05, 0.1, 0.2), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
 
 
 class World:
@@ -111,7 +109,7 @@ def _is_good(found: dict[str, Any]) -> bool:
 
 
 def _nest(world: World, config: TuningConfig) -> tuple[float, dict[str, Any]]:
-    selecting = SelectionConfig(z_threshold=Z_THRESHOLD, seed=config.seed)
+    selecting = SelectionConfig(seed=config.seed)
     return _timed(world, Neurons(selecting=selecting, tuning=config))
 
 

@@ -18,10 +18,12 @@ from nest.cli.options import (
     Putting,
     Running,
     Spread,
+    Switch,
     parse_batch_size,
 )
 from nest.cli.session import session
-from nest.selection.config import SelectionConfig
+from nest.selection.config import PAPER, SelectionConfig
+from nest.settings import as_in
 
 EXAMPLE = (
     "Example: nest select --model organism --unsafe organism:unsafe --safe organism:safe "
@@ -40,6 +42,7 @@ def command(
     harmful: str | None = None,
     benign: str | None = None,
     settings: Annotated[SelectionConfig, Spread] = SETTINGS,
+    paper: Switch = False,
     batch_size: str = "auto",
     putting: Annotated[Putting, Spread] = PUTTING,
     loading: Annotated[Loading, Spread] = LOADING,
@@ -57,6 +60,7 @@ def command(
         harmful: Dialogues for --scorer effect, gradient and learned: harmful prompts and the refusals to
             give. Without --unsafe their prompts are taken for those, too.
         benign: Dialogues, likewise: ordinary prompts and their good answers.
+        paper: Select as the paper does: --scorer probe --z 3.
         batch_size: auto, or prompts a forward pass.
     """
     from nest import api
@@ -64,6 +68,8 @@ def command(
     from nest.artifacts.unfinished import Unfinished, beside
 
     started = time.monotonic()
+    if paper:
+        settings = as_in(PAPER, settings, SETTINGS, "--paper")
     check_output(out, kind="selection", overwrite=writing.overwrite)
     size, switches = parse_batch_size(batch_size), putting.switches()
     with session(running) as run, ExitStack() as stack:

@@ -19,10 +19,12 @@ from nest.cli.options import (
     Putting,
     Running,
     Spread,
+    Switch,
 )
 from nest.cli.session import session
 from nest.errors import ActivationError, InputError, TuningStoppedError
-from nest.tuning.config import TuningConfig
+from nest.settings import as_in
+from nest.tuning.config import PAPER, TuningConfig
 
 EXAMPLE = (
     "Example: nest tune --model organism --clusters selection --harmful organism:harmful "
@@ -39,6 +41,7 @@ def command(
     benign: str,
     out: Path,
     settings: Annotated[TuningConfig, Spread] = SETTINGS,
+    paper: Switch = False,
     n_clusters: str | None = None,
     check_refusals: bool = True,
     refusal_phrases: Path | None = None,
@@ -56,6 +59,7 @@ def command(
         harmful: Dialogues: harmful prompts and the refusals to give.
         benign: Dialogues: ordinary prompts and their good answers.
         out: Folder to write; it must not exist yet.
+        paper: Tune as the paper does: --update shared --epochs 5 --kl-weight 0.
         n_clusters: Cluster the neurons anew: auto, or clusters a site.
         check_refusals: Refuse --harmful responses that mostly comply, and --benign ones that mostly
             refuse.
@@ -70,6 +74,8 @@ def command(
     from nest.tuning.checkpoints import Every
 
     started = time.monotonic()
+    if paper:
+        settings = as_in(PAPER, settings, SETTINGS, "--paper")
     check_output(out, kind="patch", overwrite=writing.overwrite)
     if refusal_phrases is not None and not check_refusals:
         raise InputError(

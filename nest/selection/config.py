@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -32,6 +33,8 @@ Control = Literal["random_neurons", "random_clusters", "lowest", "shuffled_label
 
 Z_THRESHOLD = 3.0
 """The paper's."""
+PAPER: Mapping[str, Any] = {"scorer": "probe", "z_threshold": Z_THRESHOLD}
+"""What the paper's selection has that ours does not begin with (arXiv 2602.16835, section 3)."""
 BUDGET = "5%"
 """Of the neurons that are looked at."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from driver import Nest, World
 
+from nest.patches.patch import NeuronPatch
 from nest.selection.config import LEARNING
 from nest.selection.selection import NeuronSelection
 
@@ -49,3 +50,27 @@ def test_what_cannot_be_is_said(world: World, nest: Nest, tmp_path: Path) -> Non
         done = nest(*given)
         assert done.code == 1 and said in done.err, done.err
         assert not out.exists()
+
+
+def test_the_papers_way_is_one_flag(world: World, nest: Nest, tmp_path: Path) -> None:
+    model, data = ("--model", world.model), world.data
+    prompts = ("--unsafe", data["unsafe"], "--safe", data["safe"])
+    dialogues = ("--harmful", data["harmful"], "--benign", data["benign"])
+    for flag in ("--paper", ""):
+        # of a model of 96 neurons none may be so far out
+        given = ("--z", "1", "--scorer", "probe") if not flag else (flag,)
+        done = nest("select", *model, *prompts, "--out", tmp_path / f"s{flag}", *given)
+        assert done.code == 0 or "no neuron has a z-score over 3" in done.err
+    done = nest("select", *model, *prompts, "--out", tmp_path / "x", "--paper", "--z", "2")
+    assert done.code == 1
+    assert "--paper sets z_threshold to 3.0, and z_threshold 2.0 was given" in done.err
+    out = tmp_path / "p"
+    done = nest(
+        *("tune", *model, *dialogues, "--clusters", tmp_path / "s", "--out", out, "--paper"),
+        *("--max-steps", "3", "--validation", "0.2"),
+    )
+    assert done.code == 0, done.err
+    patch = NeuronPatch.load(out)
+    record = patch.provenance["tuning"]["config"]
+    assert (patch.update, record["epochs"], record["kl_weight"]) == ("shared", 5.0, 0.0)
+    assert record["start"] is None
