@@ -19,7 +19,7 @@ from nest.patches.patch import NeuronPatch
 from nest.selection.config import UpdateForm
 from nest.selection.selection import NeuronSelection, SiteSelection
 from nest.tuning.autograd import AddBranch, Part, SplitUpdate, ThroughRows
-from nest.tuning.config import UpdateMode, UpdateStart
+from nest.tuning.config import START_OF, UpdateMode, UpdateStart
 from nest.tuning.preconditions import (
     check_backend,
     check_not_distributed,
@@ -488,7 +488,7 @@ def trainable(
     mode: UpdateMode = "live",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    start: UpdateStart = "zero_vectors",
+    start: UpdateStart | None = None,
 ) -> Iterator[ClusterUpdate]:
     """Make a selection's cluster update trainable in any loop for the time of the block.
 
@@ -513,12 +513,14 @@ def trainable(
         seed: Of what begins at random.
         dtype: Of vectors, loadings, gradient and moments: float32, or float64 to check gradients.
         start: `zero_vectors`: U = 0, and loadings of 1 and a little noise; `zero_loadings`: s = 0, and
-            random vectors of length 1, as a LoRA begins (the loaded form alone).
+            random vectors of length 1, as a LoRA begins (the loaded form alone); None takes the latter for
+            the loaded form.
 
     Raises:
         SelectionError: the selection belongs to another model, or weights cannot be written.
         InputError: the model carries a trainable update already, or an unknown setting.
     """
+    start = START_OF.get(update, "zero_vectors") if start is None else start
     check_settings(update, mode, dtype, start)
     check_not_distributed(model)
     model = unwrapped(model)

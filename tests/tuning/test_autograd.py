@@ -84,9 +84,11 @@ def test_gradients_are_autograds_through_dense_weights(
         found = update.gradients()
         assert found.keys() == expected.keys()
         for group, gradient in expected.items():
-            assert float(gradient.abs().max()) > 0
+            # loadings of zero: at the start the vectors have no gradient, and the loadings have one
+            assert bool(gradient.abs().max() > 0) == (form == "shared" or not at_start)
             close(found[group], gradient)
         for name, gradient in expected_loadings.items():
+            assert float(gradient.abs().max()) > 0
             close(update.loading_gradients()[name], gradient)
         assert len(expected_loadings) == (len(selection.sites) if form == "loaded" else 0)
 

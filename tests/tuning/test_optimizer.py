@@ -88,18 +88,17 @@ def test_clusters_are_adamw_through_dense_weights(
     model = build(family).double()
     twin = copy.deepcopy(model)
     ours = curve_of_ours(model, form, weight_decay, family=family)
-    with trainable(model, choose(model, family), update=form) as update:  # the loadings' start
-        starts = {s.part.site.name: s.loadings for s in update.sites}
+    with trainable(model, choose(model, family), update=form) as update:  # where it begins
+        starts = {s.part.site.name: (s.vectors, s.loadings) for s in update.sites}
     vectors, loadings = [], []
     for part in choose(twin, family).sites:
-        start = starts[part.site.name]
-        size = (part.n_clusters, part.width)
-        vectors.append(torch.zeros(size, dtype=torch.float64, requires_grad=True))
+        first, start = starts[part.site.name]
+        vectors.append(first.detach().double().clone().requires_grad_())
         ones = torch.ones(part.neurons.numel(), dtype=torch.float64)
         ones = ones if start is None else start.detach().double().clone().requires_grad_()
         loadings.append(ones)
     groups = [{"params": vectors, "weight_decay": weight_decay}]
-    if form == "loaded":  # loadings rest at one and do not decay
+    if form == "loaded":  # loadings do not decay
         groups.append({"params": loadings, "weight_decay": 0.0})
     oracle = torch.optim.AdamW(groups, lr=0.02)
     base, theirs = state_of(twin), []
@@ -347,7 +346,7 @@ def test_any_optimizer_trains_and_the_rows_follow(mode: UpdateMode) -> None:
     with trainable(model, choose(model), mode=mode) as update:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
         losses = []
-        for _ in range(6):
+        for _ in range(12):
             loss = loss_of(model, tokens(0))
             loss.backward()
             optimizer.step()
