@@ -124,6 +124,7 @@ def test_a_custom_module_from_select_to_revert() -> None:
         epochs=150.0,
         learning_rate=0.1,
         kl_weight=0.0,
+        start="zero_vectors",
     )
     report = nest.evaluate(
         model,
