@@ -108,6 +108,8 @@ def _arms() -> Iterator[str]:
 
 def _settings_of(arm: Arm) -> str:
     values = dict(arm.values) | ({} if arm.harmful == "wrapped" else {"harmful": arm.harmful})
+    for table, changes in (("selecting", arm.selecting), ("tuning", arm.tuning)):
+        values |= {f"{table}.{name}": value for name, value in changes.items()}
     return ", ".join(f"`{name} = {json.dumps(value)}`" for name, value in values.items())
 
 

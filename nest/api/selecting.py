@@ -87,13 +87,18 @@ def select(
     from nest.scoring.find import find_neurons
     from nest.selection.config import LEARNING, SelectionConfig
 
-    both = harmful is not None and benign is not None
+    if (harmful is None) != (benign is None):
+        raise InputError(
+            "dialogues come in two kinds: give harmful prompts with refusals (--harmful) and benign ones "
+            "with good answers (--benign), or none of both"
+        )
+    both = harmful is not None
     config = SelectionConfig(**settings).resolved(dialogues=both)
     model = uncompiled(model)
     unsafe_set: PromptSet | None
     safe_set: PromptSet | None
     learns = config.scorer in LEARNING
-    if not learns and (harmful is not None or benign is not None):
+    if not learns and both:
         raise InputError(
             f"the scorer {config.scorer} learns from prompts alone; leave harmful and benign dialogues "
             f"out, or take one of {', '.join(LEARNING)}"

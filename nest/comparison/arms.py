@@ -80,13 +80,20 @@ ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
         _arm("neurons", "neurons (the default)", "neurons", "ours"),
-        _arm("paper", "as in the paper: probe, shared", **PROBE, update="shared"),
+        _arm("paper", "by probe, shared", **PROBE, update="shared"),
         _arm("probe", "neurons by probe", **PROBE),
         _arm("contrast", "neurons by mean difference", "neurons", "ours", scorer="contrast"),
         _arm("effect", "neurons by effect", "neurons", "ours", scorer="effect"),
         _arm("learned", "learned neurons", "neurons", "ours", scorer="learned"),
         Arm("clusters", "up to four clusters a site", "neurons", kind="ours", selecting=FOUR),
-        Arm("shared", "the same, shared", "neurons", SHARED, kind="ours", selecting=FOUR),
+        Arm(
+            "shared",
+            "up to four clusters a site, shared",
+            "neurons",
+            SHARED,
+            kind="ours",
+            selecting=FOUR,
+        ),
         _arm("separate", "separate neurons (as in SN-Tune)", "neurons", separate=True),
         _arm("random", "random neurons", "neurons", "control", control="random_neurons"),
         Arm(
@@ -162,9 +169,16 @@ def made_arm(name: str, table: Mapping[str, Any]) -> Arm:
 
 
 def _with(config: C, changes: Mapping[str, Any]) -> C:
-    """The same settings with some others.
+    """The same settings with some others; a budget takes a threshold's place, and the other way round.
 
     Raises:
         InputError: no such setting, or a value that cannot be.
     """
-    return type(config)(**{**vars(config), **changes}) if changes else config
+    if not changes:
+        return config
+    cleared = {
+        other: None
+        for one, other in (("neurons", "z_threshold"), ("z_threshold", "neurons"))
+        if one in changes and other not in changes and isinstance(config, SelectionConfig)
+    }
+    return type(config)(**{**vars(config), **cleared, **changes})

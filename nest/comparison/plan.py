@@ -310,17 +310,18 @@ class Plan:
         values = asdict(method)  # type: ignore[call-overload]
         del values["name"]
         if isinstance(method, Neurons):
-            form = method.update or method.tuning.update
-            values["tuning"]["start"] = replace(method.tuning, update=form).resolved_start
+            values["tuning"]["start"] = method.trained.resolved_start
         else:
             values["tuning"].pop("start", None)  # no other method's runs depend on it
         if selecting := values.get("selecting"):
             counts, rows = values.get("parameters") == "neurons", values.get("rows") == "selected"
             if not (isinstance(method, Neurons) or counts or rows):
                 del values["selecting"]
-            if selecting["neurons"] is None:
-                selecting["z_threshold"] = SelectionConfig(**selecting).threshold
-            if (values.get("scorer") or selecting["scorer"]) != "learned":
+            selecting["scorer"] = values.get("scorer") or selecting["scorer"]
+            found = SelectionConfig(**selecting).resolved(dialogues=True)
+            selecting |= asdict(found)
+            values.pop("scorer", None)
+            if found.scorer != "learned":
                 del selecting["learning_epochs"]
         return {"method": arm.method, "harmful": arm.harmful, **_without_none(values)}
 

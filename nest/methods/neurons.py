@@ -72,6 +72,13 @@ class Neurons:
             )
         return self
 
+    @property
+    def trained(self) -> TuningConfig:
+        """How the update is trained, in its form; a start that the form has not is left open."""
+        form: UpdateForm = "shared" if self.separate else self.update or self.tuning.update
+        start = self.tuning.start if form == "loaded" else None
+        return replace(self.tuning, update=form, start=start)
+
     @contextmanager
     def applied(
         self,
@@ -88,7 +95,6 @@ class Neurons:
             SelectionError: no neuron passes the threshold.
         """
         model = subject.model
-        form: UpdateForm = "shared" if self.separate else self.update or self.tuning.update
         selecting = replace(self.selecting, scorer=self.scorer or self.selecting.scorer)
         with begun(subject, watch) as watcher:
             selection = found_neurons(
@@ -109,7 +115,7 @@ class Neurons:
                     selection.separated() if self.separate else selection,
                     harmful=data.harmful,
                     benign=data.benign,
-                    config=replace(self.tuning, update=form),
+                    config=self.trained,
                     progress=progress,
                     rate_factor=self.rate_factor,
                     after_step=watcher.after_step,

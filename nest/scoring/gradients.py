@@ -53,7 +53,7 @@ def gathered(
 
     Raises:
         ActivationError: a gradient is not finite.
-        LayoutError: a site's module is not called with a tensor, or does not return one.
+        LayoutError: a site's module is not called with a tensor or does not return one, or none takes part.
 
     Source: the random projection is Johnson and Lindenstrauss's.
     """
@@ -62,13 +62,17 @@ def gathered(
     found: dict[str, SiteGradient] = {}
     with _watched(model, bound, found, generator), torch.enable_grad():
         for loss in losses:
+            if not loss.requires_grad:
+                raise LayoutError(
+                    "no site took part in what the model computes; name the projections themselves with "
+                    "layout=[nest.NeuronSite(...)]"
+                )
             loss.backward()
-    for site in sites:
-        if site.name not in found:
-            raise LayoutError(
-                f"{site.name} took no part in the backward pass; leave it out by --layers, or name the "
-                "projection itself with layout=[nest.NeuronSite(...)]"
-            )
+    for one in bound:
+        site = one.site
+        if site.name not in found:  # an expert that no token was routed to
+            n = min(one.width, N_DIRECTIONS)
+            found[site.name] = SiteGradient(torch.zeros(site.length, n), torch.zeros(site.length))
         if not math.isfinite(float(found[site.name].rows.sum())):
             raise ActivationError(
                 f"the gradient at {site.name} is not finite; try --dtype float32, or check that the "
@@ -89,19 +93,23 @@ def _watched(
     by_module: dict[nn.Module, list[NeuronSite]] = {}
     for one in bound:
         by_module.setdefault(one.module, []).append(one.site)
-    directions: dict[int, Tensor] = {}
+    drawn: dict[int, Tensor] = {}
+    directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def projected(inputs: Tensor) -> Float[Tensor, "T d"]:
         flat = inputs.detach().flatten(0, -2).float()
         width = flat.shape[1]
         if width <= N_DIRECTIONS:
             return flat
-        if width not in directions:
-            drawn = torch.randn(width, N_DIRECTIONS, generator=generator)
-            directions[width] = (drawn / math.sqrt(N_DIRECTIONS)).to(flat.device)
-        return flat @ directions[width]
+        if width not in drawn:
+            values = torch.randn(width, N_DIRECTIONS, generator=generator)
+            drawn[width] = values / math.sqrt(N_DIRECTIONS)
+        key = (width, flat.device)
+        if key not in directions:
+            directions[key] = drawn[width].to(flat.device)
+        return flat @ directions[key]
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         if not inputs or not isinstance(output, Tensor):
             names = ", ".join(site.name for site in by_module[module])
             raise LayoutError(
@@ -109,9 +117,9 @@ def _watched(
                 "the projection itself with layout=[nest.NeuronSite(...)]"
             )
         if not torch.is_grad_enabled():
-            return
-        if not output.requires_grad:
-            output.requires_grad_(True)
+            return None
+        is_first = not output.requires_grad
+        watched = output.detach().requires_grad_(True) if is_first else output
         seen = projected(inputs[0])
 
         def gather(grad: Tensor) -> None:
@@ -126,7 +134,8 @@ def _watched(
                     kept.rows += rows
                     kept.outputs += outputs
 
-        output.register_hook(gather)
+        watched.register_hook(gather)
+        return watched.clone() if is_first else None  # a leaf may not be changed in place
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nest.activations.capture import Activations
 from nest.conversations.answers import target_logits
 from nest.conversations.encoders import Encoder
-from nest.errors import SelectionError
 from nest.models.modes import eval_mode
 from nest.models.sites import NeuronSite
 from nest.progress import ProgressCallback
@@ -27,6 +26,7 @@ from nest.selection.selection import NeuronSelection
 from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, encode_dialogues, to_micro_batches
 from nest.tuning.loss import tuning_loss
+from nest.tuning.memory import in_memory
 from nest.tuning.tune import tune_update
 
 MICRO_BATCH_SIZE = 8
@@ -89,10 +89,23 @@ class Dialogues:
         """
         examples = [one for one in self.examples() if not (refusals and one.benign)]
         n_targets = sum(one.n_targets for one in examples)
-        micro_batches = to_micro_batches(examples, MICRO_BATCH_SIZE, self.encoder.pad_id)
-        losses = (loss / n_targets for loss in self._losses(micro_batches))
+
+        def gather(size: int) -> dict[str, SiteGradient]:
+            micro_batches = to_micro_batches(examples, size, self.encoder.pad_id)
+            return gathered(self.model, sites, self._losses(micro_batches), seed=self.config.seed)
+
         with eval_mode(self.model):
-            return gathered(self.model, sites, losses, seed=self.config.seed)
+            found = in_memory(
+                gather,
+                MICRO_BATCH_SIZE,
+                "look at fewer --layers, or leave out the longest dialogues",
+            )
+        for (
+            one
+        ) in found.values():  # after the sums: half precision has no room for so small numbers
+            one.rows /= n_targets
+            one.outputs /= n_targets
+        return found
 
     def _losses(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         device = next(self.model.parameters()).device
@@ -166,7 +179,7 @@ class ByLearning(Dialogues):
         """See `Ranker.rank`.
 
         Raises:
-            SelectionError: the training changed nothing that could be ranked.
+            SelectionError: the training did not lower the loss.
         """
         sites = activations.sites
         everything = {site.name: (range(site.length), [0] * site.length) for site in sites}
@@ -191,20 +204,18 @@ class ByLearning(Dialogues):
         )
         patch = trained.patch
         assert patch.loadings is not None
-        scored, signs = [], {}
+        scored, signs = {}, {}
         for part in patch.selection.sites:
             lengths = patch.vectors[part.group].norm(dim=1)[part.clusters]
             signed = _array(patch.loadings[part.site.name] * lengths)
-            scored.append(_scored(part.site, np.abs(signed), self.config))
+            scored[part.site.name] = _scored(part.site, np.abs(signed), self.config)
             signs[part.site.name] = np.sign(signed)[:, None]
-        if len(scored) < len(sites):
-            raise SelectionError("the training left sites without an update")
         learned = {
             "steps": trained.steps,
             "best_step": trained.best_step,
             "validation_loss": min(record.validation_loss for record in trained.history),
         }
-        return Ranking(tuple(scored), signs, {"learned": learned})
+        return Ranking(tuple(scored[site.name] for site in sites), signs, {"learned": learned})
 
     def _as_learning(self, _stage: str, done: int, total: int) -> None:
         if self.progress:

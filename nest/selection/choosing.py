@@ -128,6 +128,12 @@ def report_skipped(
             f"no neuron has a z-score over {config.threshold:g}; the largest found is "
             f"{largest(best):.2f} at {best.site.name}: lower --z below it"
         )
+    found = sum(entry.neurons.size for entry in scored)
+    wanted = config.budget(sum(entry.z.size for entry in scored))
+    if warn and wanted is not None and found < wanted:
+        warn(
+            f"{wanted} neurons were asked for, and {found} speak for a side that counts; these are kept"
+        )
     skipped = [entry for entry in scored if entry.neurons.size == 0]
     if warn and skipped and not by_budget:
         names = ", ".join(f"{e.site.name} (largest z {largest(e):.2f})" for e in skipped)

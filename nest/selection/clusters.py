@@ -19,8 +19,7 @@ MIN_SILHOUETTE = 0.1
 # 1,630: more than the half percent of the model that we allow.
 MAX_CLUSTERS = {"projection": 4, "layer": 2}
 
-# Neurons that are chosen by what they do to refusals pull one way: with a loading each, one vector a site
-# carried over to other wrappers at least as well as four, with fewer numbers.
+# Neurons that are chosen by what they do to refusals share one vector a site; loadings give each its sign.
 MAX_CLUSTERS_OF: Mapping[Scorer | None, int] = dict.fromkeys(LEARNING, 1)
 
 

@@ -33,7 +33,7 @@ Control = Literal["random_neurons", "random_clusters", "lowest", "shuffled_label
 
 Z_THRESHOLD = 3.0
 """The paper's."""
-PAPER: Mapping[str, Any] = {"scorer": "probe", "z_threshold": Z_THRESHOLD}
+PAPER: Mapping[str, Any] = {"scorer": "probe", "z_threshold": Z_THRESHOLD, "neurons": None}
 """What the paper's selection has that ours does not begin with (arXiv 2602.16835, section 3)."""
 BUDGET = "5%"
 """Of the neurons that are looked at."""

@@ -22,7 +22,7 @@ from nest.progress import ProgressCallback
 from nest.prompts.prompt_set import PromptSet
 from nest.selection.choosing import Ranker, Ranking, Scored, kept, report_skipped
 from nest.selection.clusters import MAX_CLUSTERS, MAX_CLUSTERS_OF, cluster_neurons, standardised
-from nest.selection.config import Control, SelectionConfig
+from nest.selection.config import LEARNING, Control, SelectionConfig
 from nest.selection.controls import (
     End,
     as_many,
@@ -80,6 +80,7 @@ def select_neurons(
     Source: arXiv 2602.16835, section 3.
     """
     config = config.resolved(dialogues=ranker is not None)
+    assert config.scorer not in LEARNING or ranker is not None, "such scorers come by find_neurons"
     check_labels(len(unsafe), len(safe))
     if paired and len(unsafe) != len(safe):
         raise InputError(
@@ -130,6 +131,7 @@ def select_neurons(
         if ranker is None
         else ranker.rank(activations, labels)
     )
+    assert [one.site for one in ranking.scored] == list(activations.sites)
     scored = kept(ranking.scored, config)
     try:
         _check_chance(scored, n_unsafe, len(safe), warn)

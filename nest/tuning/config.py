@@ -14,9 +14,8 @@ UpdateMode = Literal["live", "branch"]
 UpdateStart = Literal["zero_vectors", "zero_loadings"]
 TrainOn = Literal["last", "all"]
 
-# How far the automatic rate's first step moves the sites' outputs (`output_share`).
-# With zero_loadings the micro-worlds' models keep more of their exact answers (99 against 95 to 98 %).
 START_OF: Mapping[UpdateForm, UpdateStart] = {"shared": "zero_vectors", "loaded": "zero_loadings"}
+# How far the automatic rate's first step would move the sites' outputs (`output_share`).
 STEP_SHARES: Mapping[UpdateStart, float] = {"zero_vectors": 0.5, "zero_loadings": 0.02}
 PAPER: Mapping[str, Any] = {"update": "shared", "epochs": 5.0, "kl_weight": 0.0}
 """What the paper's tuning has that ours does not begin with (arXiv 2602.16835, section 3.5)."""
@@ -56,9 +55,10 @@ class TuningConfig:
         cache_prefix: Keep the hidden states that enter the lowest tuned block, where it is not the
             first, and begin every later pass there.
         train_on: `last`: a dialogue's last answer is learned; `all`: every turn of the assistant's.
-        learning_rate: Peak of the schedule; None takes the one whose first step moves the sites' outputs
-            by `STEP_SHARES` of themselves, whatever the number of neurons, the width and the scale of the
-            weights, and begins anew with a quarter where that does not lower the validation loss.
+        learning_rate: Peak of the schedule; None takes the one with which a first step would move the
+            sites' outputs by 2 % of themselves (from zero vectors: by half), whatever the number of
+            neurons, the width and the scale of the weights. It begins anew with a quarter where that does
+            not lower the validation loss, and goes back and on with a quarter where a later step breaks it.
         warmup: Share of the steps in which the rate climbs linearly, in [0, 1).
         weight_decay: Decoupled decay of the vectors.
         clip: Largest norm of the gradient; 0 never clips.
@@ -67,7 +67,7 @@ class TuningConfig:
             forward pass of the base a step.
         validation: Share of the dialogues held back, in (0, 1).
         validate_every: Optimizer steps between validations; the best step is kept.
-        seed: Of split, order and loadings.
+        seed: Of split, order, vectors and loadings.
     """
 
     update: UpdateForm = "loaded"

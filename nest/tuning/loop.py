@@ -169,8 +169,9 @@ class TrainingLoop:
             with suppress(ActivationError):
                 if losses:
                     self._record(step - 1, fmean(losses), validation)
-            if not self._can_back_off:
+            if not self._can_back_off or step == self.n_steps:
                 raise
+            self.schedule.step()  # which the step did not come to
             self._back_off(step)
             return []
         if self._after_step is not None:
@@ -181,14 +182,21 @@ class TrainingLoop:
         try:
             self._record(step, fmean(losses), validation)
         except ActivationError:
-            if not self._can_back_off:
+            if not self._can_back_off or step == self.n_steps:
                 raise
             self._back_off(step)
             return []
         first, last = self.history[0].validation_loss, self.history[-1].validation_loss
-        if self._can_back_off and last > first:  # worse than before anything was learned
+        if (
+            self._can_back_off and last > first and step < self.n_steps
+        ):  # worse than before anything was learned
             self._back_off(step)
         return []
+
+    @property
+    def peak_rate(self) -> float:
+        """Of the schedule before anything was gone back from; a resumed run's is the earlier one's."""
+        return float(self.schedule.base_lrs[0])
 
     def _factor(self, step: int) -> float:
         """Of the peak learning rate."""
@@ -230,6 +238,7 @@ class TrainingLoop:
             "seconds": self.seconds,
             "sizes": self._sizes,
             "backed_off": self.backed_off,
+            "peak_rates": list(map(float, self.schedule.base_lrs)),
             **self.objective.numbers(),
         }
         optimizer = optimizer_tensors(self.optimizer)
@@ -246,6 +255,7 @@ class TrainingLoop:
         self.n_tokens, self.seconds = numbers["n_tokens"], numbers["seconds"]
         self._sizes = [(first, size) for first, size in numbers["sizes"]]
         self.backed_off = list(numbers["backed_off"])
+        self.schedule.base_lrs = list(numbers["peak_rates"])
         self.micro_batch_size = self._sizes[-1][1]
         self.objective.resume(numbers)
         losses: list[float] = numbers["losses"]

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from nest.errors import NoMemoryError
+
+T = TypeVar("T")
 
 # Share of the free memory that a plan may fill: the estimate leaves out what kernels borrow.
 USABLE = 0.8
@@ -163,3 +168,27 @@ def is_out_of_memory(fault: BaseException) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def in_memory(run: Callable[[int], T], size: int, mend: str) -> T:
+    """What `run` gives with so many dialogues a forward pass, or with half as many until it fits.
+
+    Args:
+        run: Is given the number of dialogues; begins anew each time.
+        size: To begin with.
+        mend: What to do where there is no memory for one.
+
+    Raises:
+        NoMemoryError: there is none for a single dialogue.
+    """
+    while True:
+        try:
+            return run(size)
+        except (RuntimeError, MemoryError) as fault:
+            if not is_out_of_memory(fault):
+                raise
+            if size == 1:
+                raise NoMemoryError(f"there is no memory for a single dialogue; {mend}") from fault
+        size = -(-size // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nest.errors import ActivationError
 from nest.tuning.dialogues import MicroBatch
 from nest.tuning.objective import Objective
 from nest.tuning.update import ClusterUpdate, SiteUpdate
@@ -34,6 +35,9 @@ def output_share(
 
     Returns:
         The share; 0 where there is no gradient.
+
+    Raises:
+        ActivationError: the gradient is not finite; names the sites.
     """
     update.packed.grad = None
     with torch.enable_grad():
@@ -41,6 +45,14 @@ def output_share(
             loss.backward()
     if update.packed.grad is None:
         return 0.0
+    bad = [name for name, grad in update.gradients().items() if not bool(grad.isfinite().all())]
+    if bad or not bool(update.packed.grad.isfinite().all()):
+        where = f" at {', '.join(bad)}" if bad else ""
+        update.packed.grad = None
+        raise ActivationError(
+            f"before the first step the gradient{where} is not finite; tune in --dtype float32, or check "
+            "that the checkpoint is not damaged"
+        )
     signs = update.packed.grad.sign()
     update.packed.grad = None
     moved = dict.fromkeys((site.part.site.name for site in update.sites), (0.0, 0.0))
@@ -48,7 +60,11 @@ def output_share(
 
     def add(site: SiteUpdate, inputs: Tensor, output: Tensor) -> None:
         mask = current[-1].to(inputs.device)
-        if inputs.shape[:2] != mask.shape:  # experts and the like get tokens in another shape
+        if inputs.ndim == 2 and inputs.shape[0] == mask.numel():  # some layers flatten their tokens
+            mask = mask.flatten()
+        elif (
+            inputs.ndim != 3 or inputs.shape[:2] != mask.shape
+        ):  # of an expert: padding is not told
             mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
         name = site.part.site.name
         dy, y = _moved(update, site, signs, inputs[mask], output[mask])

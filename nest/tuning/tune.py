@@ -33,7 +33,13 @@ from nest.tuning.dialogues import (
     to_micro_batches,
 )
 from nest.tuning.loop import StepRecord, TrainingLoop
-from nest.tuning.memory import MemoryEstimate, estimate, is_out_of_memory, saved_bytes
+from nest.tuning.memory import (
+    MemoryEstimate,
+    estimate,
+    in_memory,
+    is_out_of_memory,
+    saved_bytes,
+)
 from nest.tuning.objective import Supervised
 from nest.tuning.optimizer import NeuronAdamW
 from nest.tuning.prefix import FrozenPrefix
@@ -42,8 +48,8 @@ from nest.tuning.update import ClusterUpdate, trainable
 
 # Prefix and model are compared on this many dialogues before anything is learned.
 N_CHECKED = 4
-# The automatic rate is measured on so many dialogues of the first batch.
-N_ASKED = 16
+# The automatic rate is measured on so many dialogues of the first batch, so many a forward pass.
+N_ASKED, N_AT_ONCE = 16, 4
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ def tune_update(
         if loop.best_step == 0:
             raise _without_effect(loop, rate, stopped, done)
         record = {
-            "config": {**asdict(config), "learning_rate": rate},
+            "config": {**asdict(config), "learning_rate": loop.peak_rate},
             "micro_batch_size": loop.micro_batch_size,
             "prefix_cached": ask.prefix is not None,
             "prompts": {"harmful": harmful.to_manifest(), "benign": benign.to_manifest()},
@@ -260,14 +266,13 @@ def _rates(
     if config.learning_rate is not None:
         return (config.learning_rate,)
     batch = next(epochs_of_batches(train, config.batch_size, seed=config.seed))
-    examples = [batch[index * len(batch) // N_ASKED] for index in range(N_ASKED)]
-    share = output_share(
-        update,
-        # the KL of an update that changes nothing yet has no gradient
-        Supervised(ask, update, benign_weight=config.benign_weight, kl_weight=0.0),
-        to_micro_batches(
-            list(dict.fromkeys(examples)), min(N_CHECKED, memory.micro_batch_size), pad_id
-        ),
+    examples = dict.fromkeys(batch[index * len(batch) // N_ASKED] for index in range(N_ASKED))
+    # the KL of an update that changes nothing yet has no gradient
+    objective = Supervised(ask, update, benign_weight=config.benign_weight, kl_weight=0.0)
+    share = in_memory(
+        lambda size: output_share(update, objective, to_micro_batches([*examples], size, pad_id)),
+        min(N_AT_ONCE, memory.micro_batch_size),
+        "tune with --checkpointing, on fewer --layers, or leave out the longest dialogues",
     )
     if not 0 < share < math.inf:
         raise ActivationError(

@@ -33,7 +33,7 @@ from nest_kernels.neuron_adamw import SiteRows, SiteTable, takes_kernel, write_u
 PARAMETER = "nest_update"
 """Where the packed parameters are in the model while an update is trainable."""
 
-# Loadings start at one plus this much noise: all equal, they would be the shared form.
+# From zero vectors loadings start at one plus this much noise: all equal, they would be the shared form.
 LOADING_NOISE = 0.01
 _MARK = "_nest_update"
 

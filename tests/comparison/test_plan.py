@@ -245,3 +245,30 @@ def test_a_fault_in_a_worlds_file_names_its_key(
     assert isinstance(raised.value, MissingInputError) == (
         content is None and places[-1] in ("harmful", "model")
     )
+
+
+def test_keys_tell_what_is_run(values: dict[str, Any]) -> None:
+    """Left open, said or another: equal where the run is the same, and nowhere else."""
+
+    def key(arm: str = "neurons", **changes: Any) -> dict[str, Any]:
+        return Plan(**{**values, "arms": [arm], **changes}).settings_of(arm, 0)
+
+    assert key() == key(selecting={"neurons": "5%"})
+    assert key() == key(selecting={"neurons": "5%", "scorer": "gradient"})
+    assert key() == key(tuning={**values.get("tuning", {}), "start": "zero_loadings"})
+    others = [
+        key(selecting={"z_threshold": 3.0}),
+        key(selecting={"neurons": "6%"}),
+        key(selecting={"scorer": "effect"}),
+        key(tuning={**values.get("tuning", {}), "start": "zero_vectors"}),
+        key("probe"),
+        key("shared"),
+    ]
+    assert all(one != key() for one in others)
+    # a start that the shared form has not is left out there, and so is what no baseline uses
+    assert key("shared") == key(
+        "shared", tuning={**values.get("tuning", {}), "start": "zero_loadings"}
+    )
+    for arm in ("lora_r1", "full"):
+        assert key(arm) == key(arm, selecting={"z_threshold": 3.0})
+    assert key("lora_matched") != key("lora_matched", selecting={"z_threshold": 3.0})

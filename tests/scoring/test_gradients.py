@@ -106,8 +106,25 @@ def test_a_gradient_that_is_not_finite_names_its_site() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_site_that_takes_no_part_is_said() -> None:
+def test_sites_that_take_no_part() -> None:
     model = build()
     sites = find_sites(model)
-    with pytest.raises(LayoutError, match="took no part"):
-        gathered(model, sites, [])
+    unused = NeuronSite(9, "up_proj", "unused", 12)
+    model.unused = nn.Linear(16, 12)
+    found = gathered(model, [*sites, unused], (loss_of(model, tokens()) for _ in range(1)))
+    # as of an expert that no token was routed to
+    assert not found[unused.name].rows.any() and found[unused.name].rows.shape == (12, 16)
+    with pytest.raises(LayoutError, match="no site took part"):
+        gathered(model, [unused], (loss_of(model, tokens()) for _ in range(1)))
+
+
+def test_an_activation_in_place_is_no_obstacle() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    x = torch.randn(5, 6)
+    found = gathered(
+        model, [NeuronSite(0, "fc", "0", 8)], (model(x).square().sum() for _ in range(1))
+    )
+    model.requires_grad_(True)
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found["0"].rows, model[0].weight.grad)
