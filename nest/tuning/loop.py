@@ -82,6 +82,7 @@ class TrainingLoop:
         best_step: The step that was kept: that with the lowest validation loss, 0 if no step beat the
             base, or the last where the objective keeps that.
         best_loss: Its validation loss.
+        peak_rate: Of the schedule before anything was gone back from; a resumed run's is the earlier one's.
         backed_off: Steps after which the rate became a quarter of what it was.
         micro_batch_size: As it is now.
         n_tokens: Tokens that went through training steps, padding left out.
@@ -115,6 +116,7 @@ class TrainingLoop:
         self.micro_batch_size = micro_batch_size
         self.optimizer = optimizer
         self.backed_off: list[int] = []
+        self.peak_rate = float(optimizer.defaults["lr"])
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         self.history: list[StepRecord] = []
         self.best_step, self.best_loss = 0, math.inf
@@ -193,11 +195,6 @@ class TrainingLoop:
             self._back_off(step)
         return []
 
-    @property
-    def peak_rate(self) -> float:
-        """Of the schedule before anything was gone back from; a resumed run's is the earlier one's."""
-        return float(self.schedule.base_lrs[0])
-
     def _factor(self, step: int) -> float:
         """Of the peak learning rate."""
         backed_off: float = BACK_OFF ** len(self.backed_off)
@@ -238,7 +235,7 @@ class TrainingLoop:
             "seconds": self.seconds,
             "sizes": self._sizes,
             "backed_off": self.backed_off,
-            "peak_rates": list(map(float, self.schedule.base_lrs)),
+            "peak_rate": self.peak_rate,
             **self.objective.numbers(),
         }
         optimizer = optimizer_tensors(self.optimizer)
@@ -255,7 +252,11 @@ class TrainingLoop:
         self.n_tokens, self.seconds = numbers["n_tokens"], numbers["seconds"]
         self._sizes = [(first, size) for first, size in numbers["sizes"]]
         self.backed_off = list(numbers["backed_off"])
-        self.schedule.base_lrs = list(numbers["peak_rates"])
+        self.peak_rate = numbers["peak_rate"]
+        self.schedule.base_lrs = [
+            rate.new_tensor(self.peak_rate) if isinstance(rate, Tensor) else self.peak_rate
+            for rate in self.schedule.base_lrs
+        ]
         self.micro_batch_size = self._sizes[-1][1]
         self.objective.resume(numbers)
         losses: list[float] = numbers["losses"]

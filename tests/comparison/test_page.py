@@ -52,7 +52,7 @@ def test_only_what_was_asked_for(
     html = page(found)
     assert html.count("<svg") == 2  # attack success, and what it cost
     assert all(f"<h2>{section}</h2>" not in html for section in SECTIONS[1:3])
-    assert "| neurons, loaded (the default) |" in tables(found)
+    assert "| neurons (the default) |" in tables(found)
 
 
 def test_names_are_text(values: dict[str, Any], faked: Callable[..., Path], tmp_path: Path) -> None:

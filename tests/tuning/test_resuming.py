@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from tiny_models import BENIGN, HARMFUL, build, choose, word_tokenizer
 
 import nest
-from nest.errors import InputError
+from nest.errors import ActivationError, InputError
 from nest.tuning import objective, tune
 from nest.tuning.loss import BasePredictions
 from nest.tuning.prefix import FrozenPrefix
@@ -186,3 +187,36 @@ def test_the_users_own_rate_is_the_only_one(model: Any) -> None:
             **settings | {"learning_rate": 1e4, "clip": 0.0, "update": "shared"},
         )
     assert told == []
+
+
+@pytest.mark.parametrize("kind", ["not finite", "a spike"])
+def test_a_run_that_went_back_goes_on_to_the_same_bytes(
+    kind: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rate that would be measured now is another."""
+    settings, _ = case(1)
+    settings |= {"learning_rate": None, "validate_every": 2, "max_steps": 14, "epochs": 9.0}
+    real_check, real_record = tune.TrainingLoop._check_finite, tune.TrainingLoop._record
+
+    def check(loop: Any, loss: float, step: int) -> None:
+        if kind == "not finite" and step == 6 and not loop.backed_off:
+            raise ActivationError("not finite")
+        real_check(loop, loss, step)
+
+    def record(loop: Any, step: int, *args: Any) -> None:
+        real_record(loop, step, *args)
+        if kind == "a spike" and step == 6 and not loop.backed_off:
+            loop.history[-1] = replace(loop.history[-1], validation_loss=1e3)
+
+    monkeypatch.setattr(tune.TrainingLoop, "_check_finite", check)
+    monkeypatch.setattr(tune.TrainingLoop, "_record", record)
+    told: list[str] = []
+    undisturbed = ended(model, warn=told.append, **settings)
+    assert "going on from step" in told[0]
+    last = json.loads(undisturbed)[0][-1]
+    assert last["step"] == 14 and last["learning_rate"] == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(KeyboardInterrupt):
+        ended(model, 9, work=tmp_path / "w", warn=told.append, **settings)
+    measured = tune.output_share
+    monkeypatch.setattr(tune, "output_share", lambda *args: 1.01 * measured(*args))
+    assert ended(model, work=tmp_path / "w", warn=told.append, **settings) == undisturbed
