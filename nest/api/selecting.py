@@ -38,6 +38,8 @@ def select(
     encode: EncodeLike | None = None,
     system: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    check_refusals: bool = True,
+    refusal_phrases: str | Path | None = None,
     batch_size: BatchSize = "auto",
     progress: ProgressCallback | None = None,
     warn: Callable[[str], None] | None = None,
@@ -45,9 +47,11 @@ def select(
     work: str | Path | Unfinished | None = None,
     **settings: Any,
 ) -> NeuronSelection:
-    """Find the neurons that tell unsafe prompts from safe ones, and group them.
+    """Find the neurons that refusal hangs on, and group them.
 
-        selection = nest.select(model, tokenizer, unsafe=[...], safe=[...], z_threshold=3.0)
+        selection = nest.select(model, tokenizer, harmful=[(prompt, refusal), ...],
+                                benign=[(prompt, answer), ...])
+        selection = nest.select(model, tokenizer, unsafe=[...], safe=[...], z_threshold=3.0)    # by probe
 
     Args:
         model: Any `nn.Module`; a transformers model needs nothing else but its tokenizer.
@@ -62,6 +66,8 @@ def select(
         encode: Instead of the tokenizer: text to token ids, or an `Encoder`.
         system: System prompt put before every prompt that has none of its own.
         template_kwargs: Switches of the chat template, such as `{"enable_thinking": False}`.
+        check_refusals: Refuse harmful dialogues that mostly comply, and benign ones that mostly refuse.
+        refusal_phrases: File with more phrases to know a refusal by, one a line.
         batch_size: Prompts a forward pass.
         progress: Called with stage, steps done, steps in all.
         warn: Told about sites without neurons; by default a Python warning.
@@ -82,6 +88,8 @@ def select(
     from nest.artifacts.unfinished import as_work
     from nest.conversations.encoders import encoder_for
     from nest.conversations.prompting import Prompting
+    from nest.judging.phrases import phrase_judge
+    from nest.judging.refusals import check_responses
     from nest.models.layouts import find_sites
     from nest.models.wrappers import uncompiled
     from nest.scoring.find import find_neurons
@@ -110,6 +118,14 @@ def select(
     else:
         unsafe_set, safe_set = both_kinds(unsafe, safe, pairs)
     warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
+    if check_refusals and refusals is not None and answers is not None:
+        check_responses(
+            refusals,
+            answers,
+            phrase_judge(refusal_phrases),
+            source=harmful if isinstance(harmful, (str, Path)) else None,
+            warn=warn,
+        )
     with as_work(work, warn) as kept:
         selection = find_neurons(
             model,

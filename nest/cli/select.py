@@ -1,4 +1,4 @@
-"""`nest select`: capture, probe, z-score, cluster."""
+"""`nest select`: capture, score, choose, cluster."""
 
 from __future__ import annotations
 
@@ -43,13 +43,15 @@ def command(
     benign: str | None = None,
     settings: Annotated[SelectionConfig, Spread] = SETTINGS,
     paper: Switch = False,
+    check_refusals: bool = True,
+    refusal_phrases: Path | None = None,
     batch_size: str = "auto",
     putting: Annotated[Putting, Spread] = PUTTING,
     loading: Annotated[Loading, Spread] = LOADING,
     writing: Annotated[LongWriting, Spread] = LONG_WRITING,
     running: Annotated[Running, Spread] = RUNNING,
 ) -> None:
-    """Find the neurons that tell unsafe prompts from safe ones, and group them.
+    """Find the neurons that refusal hangs on, and group them.
 
     Args:
         model: A local folder, a name on the Hub, or `organism`.
@@ -60,6 +62,9 @@ def command(
         harmful: Dialogues for --scorer effect, gradient and learned: harmful prompts and the refusals to
             give. Without --unsafe their prompts are taken for those, too.
         benign: Dialogues, likewise: ordinary prompts and their good answers.
+        check_refusals: Refuse --harmful responses that mostly comply, and --benign ones that mostly
+            refuse.
+        refusal_phrases: File of more refusal phrases, one a line.
         paper: Select as the paper does: --scorer probe --z 3.
         batch_size: auto, or prompts a forward pass.
     """
@@ -83,6 +88,8 @@ def command(
             pairs=pairs,
             harmful=harmful,
             benign=benign,
+            check_refusals=check_refusals,
+            refusal_phrases=refusal_phrases,
             system=putting.system,
             template_kwargs=switches,
             batch_size=size,

@@ -88,7 +88,8 @@ def find_neurons(
             progress,
             warn or _say_nothing,
         )
-    unsafe, safe = unsafe or harmful, safe or benign
+    if unsafe is None and safe is None:
+        unsafe, safe = harmful, benign
     if unsafe is None or safe is None:
         raise InputError(
             "select needs unsafe and safe prompts (--unsafe and --safe), or pairs of them (--pairs)"

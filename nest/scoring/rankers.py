@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nest.activations.capture import Activations
 from nest.conversations.answers import target_logits
 from nest.conversations.encoders import Encoder
+from nest.errors import NoImprovementError, SelectionError, TuningStoppedError
 from nest.models.modes import eval_mode
 from nest.models.sites import NeuronSite
 from nest.progress import ProgressCallback
@@ -27,7 +28,7 @@ from nest.tuning.config import TuningConfig
 from nest.tuning.dialogues import Example, MicroBatch, encode_dialogues, to_micro_batches
 from nest.tuning.loss import tuning_loss
 from nest.tuning.memory import in_memory
-from nest.tuning.tune import tune_update
+from nest.tuning.tune import TuningResult, tune_update
 
 MICRO_BATCH_SIZE = 8
 
@@ -182,26 +183,7 @@ class ByLearning(Dialogues):
             SelectionError: the training did not lower the loss.
         """
         sites = activations.sites
-        everything = {site.name: (range(site.length), [0] * site.length) for site in sites}
-        trained = tune_update(
-            self.model,
-            self.encoder,
-            NeuronSelection.of(self.model, everything, layout=sites),
-            harmful=self.harmful,
-            benign=self.benign,
-            config=replace(
-                self.tuning,
-                update="loaded",
-                start="zero_loadings",
-                learning_rate=None,
-                epochs=self.config.learning_epochs,
-                max_steps=None,
-                layers=None,
-                seed=self.config.seed,
-            ),
-            progress=self._as_learning,
-            warn=self.warn,
-        )
+        trained = self._trained(sites)
         patch = trained.patch
         assert patch.loadings is not None
         scored, signs = {}, {}
@@ -216,6 +198,39 @@ class ByLearning(Dialogues):
             "validation_loss": min(record.validation_loss for record in trained.history),
         }
         return Ranking(tuple(scored[site.name] for site in sites), signs, {"learned": learned})
+
+    def _trained(self, sites: Sequence[NeuronSite]) -> TuningResult:
+        everything = {site.name: (range(site.length), [0] * site.length) for site in sites}
+        config = replace(
+            self.tuning,
+            update="loaded",
+            start="zero_loadings",
+            learning_rate=None,
+            epochs=self.config.learning_epochs,
+            max_steps=None,
+            layers=None,
+            seed=self.config.seed,
+        )
+        try:
+            return tune_update(
+                self.model,
+                self.encoder,
+                NeuronSelection.of(self.model, everything, layout=sites),
+                harmful=self.harmful,
+                benign=self.benign,
+                config=config,
+                progress=self._as_learning,
+                warn=self.warn,
+            )
+        except TuningStoppedError as fault:  # what was good before will do
+            result: TuningResult = fault.result
+            return result
+        except NoImprovementError as fault:
+            raise SelectionError(
+                "no step of learning lowered the validation loss, so that no neuron can be told from "
+                f"another; give more dialogues, --learning-epochs over {self.config.learning_epochs:g}, or "
+                "another scorer"
+            ) from fault
 
     def _as_learning(self, _stage: str, done: int, total: int) -> None:
         if self.progress:

@@ -11,11 +11,14 @@ from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
 
 from nest.activations.config import Pool
+from nest.errors import InputError
 from nest.settings import AtLeastOne, Layers, NotNegative, Positive, Share, settings
 
 Scorer = Literal["probe", "contrast", "effect", "gradient", "learned"]
 LEARNING: tuple[Scorer, ...] = ("effect", "gradient", "learned")
 """Scorers that need dialogues: harmful prompts with refusals, benign ones with good answers."""
+UNSIGNED: tuple[Scorer, ...] = ("gradient", "learned")
+"""Scorers without a side."""
 Side = Literal["positive", "both"]
 ClusterScope = Literal["projection", "layer"]
 UpdateForm = Literal["shared", "loaded"]
@@ -66,7 +69,8 @@ class SelectionConfig:
             strongest of all sites together; None means 5% for the scorers that learn from dialogues,
             where there is no threshold.
         side: `positive`: neurons that speak for unsafe (the paper's); `both`: also those that speak
-            for safe, as far below the mean and negative.
+            for safe, as far below the mean and negative; not for gradient and learned, which have no
+            side.
         pool: How a neuron's activations over the tokens of a prompt become one number.
         scorer: `probe`: weights of a logistic regression; `contrast`: standardised mean difference;
             `effect`: that difference, not standardised, times what it does to refusals to first order;
@@ -112,8 +116,15 @@ class SelectionConfig:
 
         Args:
             dialogues: Whether there are some to learn from.
+
+        Raises:
+            InputError: both sides of a scorer that has one.
         """
         scorer: Scorer = self.scorer or ("gradient" if dialogues else "probe")
+        if scorer in UNSIGNED and self.side == "both":
+            raise InputError(
+                f"side is both, and the scorer {scorer} tells how much and not which way; leave --side out"
+            )
         if self.z_threshold is not None or self.neurons is not None:
             return replace(self, scorer=scorer)
         if scorer in LEARNING:

@@ -43,7 +43,7 @@ def test_what_cannot_be_is_said(world: World, nest: Nest, tmp_path: Path) -> Non
     for given, said in (
         ([*plain, *prompts, "--scorer", "learned"], "learns from dialogues"),
         ([*plain, *prompts, *dialogues, "--scorer", "probe"], "learns from prompts alone"),
-        ([*plain, *dialogues[:2], "--scorer", "effect"], "learns from dialogues"),
+        ([*plain, *dialogues[:2], "--scorer", "effect"], "dialogues come in two kinds"),
         ([*plain, *prompts, "--neurons", "0"], "neurons is 0; it must be a number from 1"),
         ([*plain, *prompts, "--neurons", "5", "--z", "2"], "give one of them"),
     ):

@@ -55,17 +55,17 @@ def ranker(kind: type, model: nn.Module) -> Any:
 @pytest.mark.parametrize("scorer", LEARNING)
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "phi3"])
 def test_a_budget_is_kept_to_the_neuron(scorer: str, family: str) -> None:
-    model = build(family)
+    model, side = build(family), "both" if scorer == "effect" else "positive"
     before = state_of(model)
-    selection = select(model, family, scorer=scorer, neurons=7, side="both")
+    selection = select(model, family, scorer=scorer, neurons=7, side=side)
     assert selection.n_neurons == 7
     assert same_bits(before, state_of(model))
-    again = select(build(family), family, scorer=scorer, neurons=7, side="both")
+    again = select(build(family), family, scorer=scorer, neurons=7, side=side)
     assert again.sha256() == selection.sha256()
     assert selection.provenance["config"]["scorer"] == scorer
     assert set(selection.provenance["dialogues"]) == {"harmful", "benign"}
     total = sum(site.length for site in find_sites(model, layout_of(family)))
-    share = select(model, family, scorer=scorer, neurons="10%", side="both")
+    share = select(model, family, scorer=scorer, neurons="10%", side=side)
     assert share.n_neurons == round(total / 10)
 
 
@@ -176,6 +176,13 @@ def test_what_is_missing_is_asked_for() -> None:
     for budget in ("0", "0%", "101%", "many", "-3"):
         with pytest.raises(InputError, match="neurons is"):
             select(model, scorer="learned", neurons=budget)
+    for scorer in ("gradient", "learned"):
+        with pytest.raises(InputError, match=f"the scorer {scorer} tells how much"):
+            select(model, scorer=scorer, side="both")
+    with pytest.raises(InputError, match="dialogues come in two kinds"):
+        select(model, benign=None, unsafe=UNSAFE, safe=SAFE)
+    with pytest.raises(InputError, match="comply"):
+        select(model, harmful=[(prompt, "sure here you go") for prompt, _ in HARMFUL])
     with pytest.raises(SelectionError, match="no neuron has a z-score over 50"):
         select(model, scorer="gradient", z_threshold=50.0)
 
