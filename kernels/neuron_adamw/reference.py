@@ -46,7 +46,7 @@ def neuron_adamw(
         betas: Decay of the moments, each in [0, 1).
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay, on the first `n_decayed` parameters only.
-        n_decayed: How many parameters decay: the vectors do, the loadings (which do not decay) do not.
+        n_decayed: How many parameters decay: the vectors do, the loadings do not.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2.
     """
