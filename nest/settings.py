@@ -267,8 +267,9 @@ def as_in(preset: Mapping[str, Any], given: C, default: C, flag: str) -> C:
     for name, value in preset.items():
         found = getattr(given, name)
         if found not in (getattr(default, name), value):
+            sets = f"leaves {name} open" if value is None else f"sets {name} to {value}"
             raise InputError(
-                f"{flag} sets {name} to {value}, and {name} {found} was given, too; leave one of them out"
+                f"{flag} {sets}, and {name} {found} was given, too; leave one of them out"
             )
     changed: C = replace(given, **preset)  # type: ignore[type-var]
     return changed

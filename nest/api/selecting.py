@@ -60,7 +60,7 @@ def select(
         safe: Prompts to be answered, about as many.
         pairs: Instead of both: matched (unsafe, safe) pairs, or a file with these two columns.
         harmful: Prompts with the refusals to give, for the scorers effect, gradient and learned; without
-            `unsafe` their prompts are taken for those, too.
+            `unsafe` their prompts are taken for those, by any scorer.
         benign: Prompts with their good answers, likewise.
         layout: Where a custom model's neurons are.
         encode: Instead of the tokenizer: text to token ids, or an `Encoder`.
@@ -106,14 +106,15 @@ def select(
     unsafe_set: PromptSet | None
     safe_set: PromptSet | None
     learns = config.scorer in LEARNING
-    if not learns and both:
+    has_prompts = unsafe is not None or safe is not None or pairs is not None
+    if not learns and both and has_prompts:
         raise InputError(
-            f"the scorer {config.scorer} learns from prompts alone; leave harmful and benign dialogues "
-            f"out, or take one of {', '.join(LEARNING)}"
+            f"the scorer {config.scorer} learns from prompts alone; give --unsafe and --safe, or --harmful "
+            f"and --benign whose prompts are then taken, and not both; or take one of {', '.join(LEARNING)}"
         )
     refusals = None if harmful is None else as_set(harmful, "harmful", need_response=True)
     answers = None if benign is None else as_set(benign, "benign", need_response=True)
-    if learns and unsafe is None and safe is None and pairs is None:
+    if both and not has_prompts:
         unsafe_set, safe_set = refusals, answers
     else:
         unsafe_set, safe_set = both_kinds(unsafe, safe, pairs)

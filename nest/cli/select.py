@@ -65,7 +65,7 @@ def command(
         check_refusals: Refuse --harmful responses that mostly comply, and --benign ones that mostly
             refuse.
         refusal_phrases: File of more refusal phrases, one a line.
-        paper: Select as the paper does: --scorer probe --z 3.
+        paper: Select as the paper does: --scorer probe --z 3, whatever of these stands at its default.
         batch_size: auto, or prompts a forward pass.
     """
     from nest import api

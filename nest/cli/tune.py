@@ -59,7 +59,8 @@ def command(
         harmful: Dialogues: harmful prompts and the refusals to give.
         benign: Dialogues: ordinary prompts and their good answers.
         out: Folder to write; it must not exist yet.
-        paper: Tune as the paper does: --update shared --epochs 5 --kl-weight 0.
+        paper: Tune as the paper does: --update shared --epochs 5 --kl-weight 0, whatever of these stands at
+            its default.
         n_clusters: Cluster the neurons anew: auto, or clusters a site.
         check_refusals: Refuse --harmful responses that mostly comply, and --benign ones that mostly
             refuse.

@@ -63,7 +63,8 @@ def measured_on(comparison: Comparison) -> str:
         "under the held-out attacks (of bare prompts, in a world without attacks); its interval is a "
         "bootstrap over behaviours, `seeds` the lowest and highest seed. p is that of the difference in "
         f"attack success from `{comparison.plan.compared_with}` (paired permutation, corrected by Holm). "
-        "A run that failed counts as no treatment."
+        "A run that failed counts as no treatment. Rates are means over what prompts are about, each of "
+        "which counts once; over single prompts they are in `results.json`, by run."
     )
 
 

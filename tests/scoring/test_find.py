@@ -171,6 +171,10 @@ def test_what_is_missing_is_asked_for() -> None:
             select(model, scorer=scorer, harmful=None, benign=None, unsafe=UNSAFE, safe=SAFE)
     with pytest.raises(InputError, match="the scorer probe learns from prompts alone"):
         select(model, unsafe=UNSAFE, safe=SAFE, scorer="probe")
+    from_dialogues = select(model, scorer="contrast", z_threshold=0.5)
+    prompts = {"unsafe": [p for p, _ in HARMFUL], "safe": [p for p, _ in BENIGN]}
+    alone = select(model, scorer="contrast", z_threshold=0.5, harmful=None, benign=None, **prompts)
+    assert from_dialogues.sha256() == alone.sha256()
     with pytest.raises(InputError, match=r"z_threshold is 2 and neurons 5; give one"):
         select(model, scorer="learned", neurons=5, z_threshold=2.0)
     for budget in ("0", "0%", "101%", "many", "-3"):
