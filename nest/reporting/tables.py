@@ -73,11 +73,15 @@ def eval_table(report: EvalReport, before: EvalReport | None = None) -> Table:
 
 
 def selection_table(selection: NeuronSelection) -> Table:
-    """Selected neurons and clusters by layer and projection, with the range of their scores."""
+    """Selected neurons and clusters by layer and projection, with the range of their z-scores.
+
+    The last row's share is of all neurons that were looked at, those of sites without any included, where
+    the selection says how many.
+    """
     table = Table(title="selected neurons", title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("projection")
-    for heading in ("neurons", "of", "share", "clusters", "score"):
+    for heading in ("neurons", "of", "share", "clusters", "z"):
         table.add_column(heading, justify="right")
     for part in sorted(selection.sites, key=lambda part: (part.site.layer, part.site.projection)):
         n = int(part.neurons.numel())
@@ -92,6 +96,8 @@ def selection_table(selection: NeuronSelection) -> Table:
         )
     n_neurons = sum(int(part.neurons.numel()) for part in selection.sites)
     n_rows = sum(part.site.length for part in selection.sites)
+    looked_at = selection.provenance.get("neurons_looked_at")
+    n_rows = looked_at if isinstance(looked_at, int) and looked_at >= n_rows else n_rows
     table.add_section()
     table.add_row(
         "",

@@ -168,6 +168,7 @@ def select_neurons(
             "probe_accuracy": _mean_and_min(accuracies),
             "probe_accuracy_by_site": {e.site.name: e.accuracy for e in scored},
             "silhouette": {"mean": float(np.mean(silhouettes)) if silhouettes else None},
+            "neurons_looked_at": sum(entry.site.length for entry in scored),
             "skipped_sites": [entry.site.name for entry in scored if entry.neurons.size == 0],
             **ranking.provenance,
         },

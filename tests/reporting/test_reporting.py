@@ -164,6 +164,11 @@ def test_tables_have_a_row_an_attack_and_a_row_a_site():
     rows = printed(selection_table(selection))
     assert rows.count("gate_proj") == 4
     assert f"{selection.n_neurons:,}" in rows
+    # the share is of all that were looked at, where that is known
+    known = replace(selection, provenance={"neurons_looked_at": 98_765})
+    assert "98,765" in printed(selection_table(known)) and "98,765" not in rows
+    odd = replace(selection, provenance={"neurons_looked_at": "many"})
+    assert printed(selection_table(odd)) == rows
 
 
 def test_dollars_in_names_are_no_formulas():
