@@ -45,7 +45,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("neurons", {**OURS, "update": "shared"}),
     "contrast": ("neurons", {**OURS, "scorer": "contrast"}),
     "probe": ("neurons", {**OURS, "scorer": "probe"}),
-    "effect": ("neurons", {**OURS, "scorer": "effect"}),
     "learned": ("neurons", {**OURS, "scorer": "learned"}),
     "separate": ("neurons", {**OURS, "separate": True}),
     "random neurons": ("neurons", {**OURS, "control": "random_neurons"}),
