@@ -304,6 +304,8 @@ def test_fused_and_transposed_projections_work_too(
     if hasattr(method, "selecting"):  # on random models a probe may tell nothing apart
         changed_one: Any = method
         method = replace(changed_one, selecting=replace(SELECTING, scorer="contrast"))
+        if getattr(method, "scorer", None) == "probe":
+            method = replace(changed_one, scorer="contrast")
     if family == "gpt2" and isinstance(method, Shira):
         with pytest.raises(InputError, match=r"adapts nn.Linear alone, and transformer\.h\.0"):
             outcome(method, subject, data)

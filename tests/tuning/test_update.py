@@ -71,13 +71,36 @@ def test_the_start() -> None:
     selection = choose(model)
     with trainable(model, selection, update="shared") as update:
         assert not update.packed.any()
-    starts = []
-    for seed in (0, 0, 1):
-        with trainable(model, selection, update="loaded", seed=seed) as update:
-            assert not update.packed[: update.n_vector_parameters].any()
-            starts.append(update.packed[update.n_vector_parameters :].detach().clone())
-    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
-    assert float((starts[0] - 1).abs().max()) < 0.1 and float(starts[0].std()) > 0
+    starts = {}
+    for start in ("zero_vectors", "zero_loadings", None):
+        found = []
+        for seed in (0, 0, 1):
+            with trainable(model, selection, update="loaded", seed=seed, start=start) as update:
+                vectors, loadings = (
+                    update.packed.detach()
+                    .clone()
+                    .split([update.n_vector_parameters, selection.n_neurons])
+                )
+            found.append((vectors, loadings))
+        drawn = [loadings if start == "zero_vectors" else vectors for vectors, loadings in found]
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+        starts[start] = found[0]
+    vectors, loadings = starts["zero_vectors"]
+    assert not vectors.any()
+    assert float((loadings - 1).abs().max()) < 0.1 and float(loadings.std()) > 0
+    vectors, loadings = starts["zero_loadings"]
+    assert not loadings.any()
+    lengths = vectors.view(selection.n_clusters, -1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+    assert all(torch.equal(a, b) for a, b in zip(starts[None], (vectors, loadings), strict=True))
+    wrong: dict[str, Any]
+    for wrong in ({"update": "shared", "start": "zero_loadings"}, {"start": "warm"}):
+        # jaxtyping's hook sees the second first
+        with (
+            pytest.raises((InputError, TypeError), match="start"),
+            trainable(model, selection, **wrong),
+        ):
+            pass
 
 
 # --- the model ------------------------------------------------------------------------------------
