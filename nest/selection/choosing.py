@@ -120,8 +120,8 @@ def report_skipped(
     if all(entry.neurons.size == 0 for entry in scored):
         if by_budget:
             raise SelectionError(
-                "no neuron speaks for a side that counts, so that none could be kept; choose --side both, "
-                "or another scorer"
+                f"no neuron's {config.scorer} score is above zero, so that none could be kept; give other "
+                "prompts or dialogues, or choose another --scorer"
             )
         best = max(scored, key=largest)
         raise SelectionError(

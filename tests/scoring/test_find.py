@@ -164,6 +164,27 @@ def test_learned_neurons_are_those_that_training_moved_most() -> None:
     assert losses["learned"] < losses["random"]
 
 
+@pytest.mark.parametrize("scorer", LEARNING)
+def test_the_order_of_the_layout_plays_no_part(scorer: str) -> None:
+    model = build()
+    found = [
+        nest.select(
+            model,
+            word_tokenizer(),
+            layout=layout,
+            scorer=scorer,
+            neurons=9,
+            warn=lambda _text: None,
+            **SETTINGS,
+        )
+        for layout in (find_sites(model), find_sites(model)[::-1])
+    ]
+    assert found[0].sha256() == found[1].sha256()
+    for one, other in zip(*(selection.sites for selection in found), strict=True):
+        assert one.profiles is not None and other.profiles is not None
+        assert torch.equal(one.profiles, other.profiles)
+
+
 def test_what_is_missing_is_asked_for() -> None:
     model = build()
     for scorer in LEARNING:

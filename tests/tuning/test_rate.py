@@ -11,6 +11,7 @@ from tiny_models import BENIGN, HARMFUL, build, encoder_of, layout_of, same_bits
 from torch import nn
 
 from nest.conversations.answers import target_logits
+from nest.errors import NoMemoryError
 from nest.models.layouts import find_sites
 from nest.prompts.prompt_set import from_values
 from nest.selection.selection import NeuronSelection
@@ -183,6 +184,34 @@ def test_a_loss_that_breaks_is_gone_back_from(monkeypatch: pytest.MonkeyPatch) -
     told.clear()
     own = run(learning_rate=float(record["config"]["learning_rate"]))
     assert own.best_step == 6 and not told
+
+
+def test_it_is_measured_in_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, limit = tune.target_logits, 2
+
+    def scarce(model: Any, batch: Any, device: torch.device) -> Any:
+        if len(batch.indices) > limit:
+            raise MemoryError("x")
+        return real(model, batch, device)
+
+    monkeypatch.setattr(tune, "target_logits", scarce)
+    model = build()
+
+    def run() -> Any:
+        return tune_update(
+            model,
+            encoder_of(model),
+            every(model, 8),
+            harmful=from_values(HARMFUL),
+            benign=from_values(BENIGN),
+            config=TuningConfig(batch_size=8, max_steps=4, validation=0.2, epochs=9.0),
+            warn=lambda _text: None,
+        )
+
+    assert run().best_step > 0
+    limit = 0
+    with pytest.raises(NoMemoryError, match="no memory for a single dialogue"):
+        run()
 
 
 def test_the_shares_are_those_of_the_starts() -> None:
