@@ -34,7 +34,7 @@ MICRO_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Dialogues:
+class FromDialogues:
     """What a ranker learns from, and on which model.
 
     Attributes:
@@ -126,7 +126,7 @@ class Dialogues:
 
 
 @dataclass(frozen=True, eq=False)
-class ByEffect(Dialogues):
+class ByEffect(FromDialogues):
     """Difference of a neuron's activations, times what it does to refusals.
 
         score_i = -(mean_unsafe a_i - mean_safe a_i) sum over tokens of dL/dy_i,  L the refusals' loss
@@ -147,7 +147,7 @@ class ByEffect(Dialogues):
 
 
 @dataclass(frozen=True, eq=False)
-class ByGradient(Dialogues):
+class ByGradient(FromDialogues):
     """Length of the gradient of a neuron's weights; groups are those of like direction.
 
     A cluster's shared row gains to first order what the sum of its neurons' gradients is long: neurons
@@ -168,7 +168,7 @@ class ByGradient(Dialogues):
 
 
 @dataclass(frozen=True, eq=False)
-class ByLearning(Dialogues):
+class ByLearning(FromDialogues):
     """What training made of all neurons: one loading each, one vector a site, for some steps.
 
         score_i = |s_i| |U|
